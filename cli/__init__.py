@@ -1,0 +1,1 @@
+"""The command `tav`, one file a command."""

@@ -1,0 +1,31 @@
+"""`tav info`: what an adapter is and where it comes from."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tav_peft.cli import console, options
+
+
+def command(file: options.AdapterFile, as_json: options.AsJson = False) -> None:
+    """Show what an adapter holds, and the base, clip, caption and settings it was made from."""
+    from tav_peft import formats
+
+    adapter = formats.read(file)
+    details = {
+        "file": str(file),
+        **adapter.summary(),
+        "provenance": adapter.provenance.model_dump(mode="json"),
+    }
+    if as_json:
+        console.print_json(details)
+    else:
+        console.print_rows(dict(_flat(details)))
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as dotted names, leaving out what is empty."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        elif value not in (None, "", [], ()):
+            yield f"{above}{name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

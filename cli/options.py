@@ -1,0 +1,52 @@
+"""Options that commands share, and what --base and --device mean."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, BadParameter, Option
+
+if TYPE_CHECKING:
+    from tav_peft.pipeline import TuneAVideoPipeline
+
+ClipFile = Annotated[Path, Argument(metavar="CLIP", help="A video file.")]
+AdapterFile = Annotated[
+    Path, Argument(metavar="ADAPTER", help="A file that tav tune wrote, or a PEFT folder of tav export.")
+]
+SourceClip = Annotated[Path | None, Option("--clip", help="The clip, where it is not found by itself.")]
+Base = Annotated[str | None, Option("--base", help="pocket, a folder in diffusers layout, or a hub id.")]
+Device = Annotated[
+    str | None, Option("--device", help="cpu, cuda, cuda:1, mps. Not given: a GPU if there is one.")
+]
+SamplingSteps = Annotated[int | None, Option("--steps", min=1, max=1000, help="DDIM steps.")]
+Output = Annotated[Path | None, Option("--output", "-o", help="Where the result goes.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already there.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
+
+
+def open_base(base: str, device: str | None) -> "TuneAVideoPipeline":
+    """Load a base onto the device asked for, or the fastest there is."""
+    place = _usable(device) if device else _fastest()
+    from tav_peft.pipeline import TuneAVideoPipeline
+
+    pipe = TuneAVideoPipeline.from_pretrained(base)
+    pipe.to(place)
+    return pipe
+
+
+def _usable(device: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadParameter(f"{device} cannot be used here: {reason}", param_hint="--device") from None
+    return device
+
+
+def _fastest() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,73 @@
+"""The settings of a tuning: a recipe, changed by --set, changed by the options that name a setting."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import BadParameter, Option
+
+if TYPE_CHECKING:
+    from tav_peft.recipe import Recipe
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe."""
+    from tav_peft.recipe import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+_RECIPE = (
+    "A shipped recipe or a YAML file. Not given: pocket for --base pocket, "
+    "else the one named like --preset, else paper."
+)
+RecipeName = Annotated[str | None, Option("--recipe", autocompletion=recipe_names, help=_RECIPE)]
+Prompt = Annotated[str | None, Option("--prompt", help="What the clip shows. Not given: the recipe's.")]
+Sets = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="One setting; repeatable.")]
+Preset = Annotated[str | None, Option("--preset", help="paper (dense), hybrid, or lite (LoRA only).")]
+Rank = Annotated[int | None, Option("--rank", min=1, help="Rank of the LoRA.")]
+Frames = Annotated[int | None, Option("--frames", min=1, help="How many frames to use.")]
+Start = Annotated[int | None, Option("--start", min=0, help="The first frame to use, from 0.")]
+Stride = Annotated[
+    str | None, Option("--stride", help="Use every n-th frame; or: spread, evenly over the clip.")
+]
+Size = Annotated[str | None, Option("--size", help="512, or width x height as in 512x320.")]
+Fit = Annotated[str | None, Option("--fit", help="keep, crop, pad, or squash.")]
+TuningSteps = Annotated[int | None, Option("--steps", min=1, help="Optimizer steps.")]
+LearningRate = Annotated[float | None, Option("--lr", help="Learning rate.")]
+Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of all that is drawn.")]
+Keep = Annotated[
+    bool, Option("--keep-latents", help="Put the clip's latents in the file: edits need no clip.")
+]
+Restart = Annotated[bool, Option("--restart", help="Begin anew where a stopped tuning would go on.")]
+
+
+def settle(recipe: str | None, sets: list[str] | None, **options: Any) -> "Recipe":
+    """Load the recipe and change it: options win over --set, and --set over the recipe.
+
+    `options` are named as in a recipe, with `__` for the dot (`training__lr`); None is "not given".
+    """
+    from tav_peft.recipe import Recipe
+
+    given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
+    # a folder or a caption is text, whatever YAML would make of it
+    texts: dict[str, Any] = {name: given.pop(name) for name in ("base", "prompt") if name in given}
+    chosen = Recipe.load(recipe or _default_recipe(texts.get("base"), given.get("adapter.preset")))
+    changes = [*(sets or []), *(f"{name}={value}" for name, value in given.items())]
+    settled = chosen.override(changes).model_copy(update=texts)
+    if "adapter.rank" in given and settled.adapter.preset == "paper":
+        raise BadParameter("the preset paper has no LoRA. Add --preset hybrid or lite.", param_hint="--rank")
+    return settled
+
+
+def required(value: str | None, option: str) -> str:
+    """Return what the recipe or an option gave, or ask for the option."""
+    if not value:
+        raise BadParameter("the recipe has none. Give one.", param_hint=option)
+    return value
+
+
+def _default_recipe(base: str | None, preset: str | None) -> str:
+    from tav_peft.recipe import shipped
+
+    if base == "pocket":
+        return "pocket"
+    return preset if preset in shipped() else "paper"

@@ -1,0 +1,59 @@
+"""`tav tune`: one clip in, a small adapter out."""
+
+from pathlib import Path
+from time import perf_counter
+
+from tav_peft.cli import console, settings
+from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, open_base
+
+
+def command(  # noqa: PLR0913  (a parameter is an option)
+    clip: ClipFile,
+    *,
+    prompt: settings.Prompt = None,
+    recipe: settings.RecipeName = None,
+    sets: settings.Sets = None,
+    base: Base = None,
+    preset: settings.Preset = None,
+    rank: settings.Rank = None,
+    frames: settings.Frames = None,
+    start: settings.Start = None,
+    stride: settings.Stride = None,
+    size: settings.Size = None,
+    fit: settings.Fit = None,
+    steps: settings.TuningSteps = None,
+    lr: settings.LearningRate = None,
+    seed: settings.Seed = None,
+    device: Device = None,
+    output: Output = None,
+    keep_latents: settings.Keep = False,
+    overwrite: Overwrite = False,
+    restart: settings.Restart = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
+    chosen = settings.settle(
+        recipe, sets, base=base, prompt=prompt, adapter__preset=preset, adapter__rank=rank, clip__frames=frames,
+        clip__start=start, clip__stride=stride, clip__size=size, clip__fit=fit, training__steps=steps,
+        training__lr=lr, training__seed=seed,
+    )  # fmt: skip
+    on, caption = settings.required(chosen.base, "--base"), settings.required(chosen.prompt, "--prompt")
+    target, began = output or Path(f"{clip.stem}.safetensors"), perf_counter()
+    from tav_peft.clip import Clip
+    from tav_peft.trail import Trail
+    from tav_peft.tuning import tune
+
+    source, pipe = Clip.read(clip, **chosen.clip.model_dump()), open_base(on, device)
+    console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
+    with console.tuning_bar() as bar:
+        tune(
+            pipe, source, caption, chosen, output=target, progress=bar,
+            keep_latents=keep_latents, overwrite=overwrite, restart=restart,
+        )  # fmt: skip
+    details = {
+        "adapter": target, "bytes": target.stat().st_size, "loss_plot": Trail(target).plot,
+        "trail": Trail(target).folder, "base": on, "recipe": chosen.name, "prompt": caption,
+        "steps": chosen.training.steps, "loss": bar.loss, "seconds": round(perf_counter() - began, 1),
+    }  # fmt: skip
+    console.say(f"{console.size_text(target.stat().st_size)}. Next: tav edit {target} --prompt '…'")
+    console.report([target], details, as_json)

@@ -1,0 +1,1 @@
+"""The shipped recipes: YAML files that the package carries as data."""

@@ -1,0 +1,231 @@
+"""An adapter: its PEFT config, its named tensors, and where it comes from; one safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from tav_peft.errors import AdapterError
+from tav_peft.presets import Subset, part_of
+from tav_peft.tensor_file import read_tensors, write_tensors
+
+FORMAT_VERSION = 1
+LATENTS = "source.latents"  # the clip's clean latents, present only when asked for
+_TENSOR = re.compile(
+    r"(?P<module>(?:down_blocks|mid_block|up_blocks)\.[\w.]+?"
+    r"\.(?:attn[12]\.to_q|attn_temp\.(?:to_q|to_k|to_v|to_out\.0)))"
+    r"\.(?P<kind>lora_A\.weight|lora_B\.weight|diff|weight|bias)"
+)
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelInfo(_Section):
+    """The model an adapter belongs to."""
+
+    name: str
+    fingerprint: str  # SHA-256 of its query projections in half precision
+    architecture: dict[str, Any]
+    prediction_type: str = "epsilon"
+
+
+class ClipInfo(_Section):
+    """The clip an adapter was tuned on; `fingerprint` is the SHA-256 of the frames as they were used."""
+
+    name: str
+    fingerprint: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    indices: tuple[int, ...]
+    fit: str = "keep"
+
+
+class TemporalInit(_Section):
+    """The initial T-Attn that a LoRA on T-Attn is a delta on: generator, seed, and SHA-256 of the weights."""
+
+    name: str
+    seed: int
+    fingerprint: str
+
+
+class Provenance(_Section):
+    """Everything about an adapter that is not a tensor."""
+
+    format_version: int = FORMAT_VERSION
+    caption: str
+    base: BaseModelInfo
+    clip: ClipInfo
+    temporal_init: TemporalInit
+    subset: dict[str, Any]
+    step: int
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+    def checked_subset(self) -> Subset:
+        """Which parts and blocks the adapter updates."""
+        given = self.subset
+        return Subset(given["preset"], tuple(given["parts"]), tuple(given["blocks"]))
+
+    @property
+    def editing(self) -> dict[str, Any]:
+        """The editing defaults that suit the base: guidance, steps, depth, negative prompt."""
+        return dict(self.recipe.get("editing", {}))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """Named tensors with the config that says how to apply them.
+
+    Tensor names are module paths of the inflated UNet and one of `lora_A.weight` (rank, in), `lora_B.weight`
+    (out, rank), `diff` (a dense update of a query projection), or `weight`/`bias` (a dense T-Attn, absolute, as in
+    PEFT's modules_to_save). `peft_config` is the JSON form of a stock `LoraConfig`, or None for a dense adapter.
+    """
+
+    tensors: Mapping[str, Tensor]
+    peft_config: Mapping[str, Any] | None
+    provenance: Provenance
+
+    @property
+    def subset(self) -> Subset:
+        """Which parts and blocks the adapter updates."""
+        return self.provenance.checked_subset()
+
+    @property
+    def latents(self) -> Tensor | None:
+        """The clip's clean latents (1, channels, frames, height, width), if the file carries them."""
+        return self.tensors.get(LATENTS)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors but the latents."""
+        return {name: tensor for name, tensor in self.tensors.items() if name != LATENTS}
+
+    def summary(self) -> dict[str, Any]:
+        """Count tensors, parameters and bytes, in all and for each part."""
+        parts: dict[str, dict[str, int]] = {}
+        for name, tensor in self.weights.items():
+            row = parts.setdefault(part_of(split_name(name)[0]), {"tensors": 0, "parameters": 0, "bytes": 0})
+            row["tensors"] += 1
+            row["parameters"] += tensor.numel()
+            row["bytes"] += tensor.numel() * tensor.element_size()
+        config = self.peft_config or {}
+        return {
+            "preset": self.subset.preset,
+            "rank": config.get("r"),
+            "alpha": config.get("lora_alpha"),
+            "parts": parts,
+            "parameters": sum(row["parameters"] for row in parts.values()),
+            "bytes": sum(row["bytes"] for row in parts.values()),
+            "carries_latents": self.latents is not None,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            AdapterError: when the disk refuses; a file that was there before is untouched then.
+
+        """
+        metadata = {
+            "format": "pt",
+            "tav_peft": json.dumps(self.provenance.model_dump(mode="json"), sort_keys=True),
+            "peft_config": json.dumps(self.peft_config, sort_keys=True),
+        }
+        return write_tensors(path, dict(self.tensors), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read a file that `save` wrote, checking its header, every name, dtype and value.
+
+        Raises:
+            AdapterError: when the file is missing, damaged, a pickle, or not one of ours.
+
+        """
+        path = Path(path)
+        tensors, metadata = read_tensors(path)
+        if "tav_peft" not in metadata:
+            raise AdapterError(
+                f"{path.name} is a safetensors file, but not a tav-peft adapter (its header has no 'tav_peft' entry). "
+                "Use a file that `tav tune` wrote, or a PEFT folder that `tav export` wrote."
+            )
+        provenance = parse_provenance(metadata["tav_peft"], path.name)
+        return cls(
+            check_tensors(tensors, path.name),
+            _json(metadata.get("peft_config", "null"), path.name),
+            provenance,
+        )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a tensor's name into its module path and its kind."""
+    match = _TENSOR.fullmatch(name)
+    if match is None:
+        raise ValueError(name)
+    return match["module"], match["kind"]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """Refuse names that are no part of an adapter, other dtypes than fp32/fp16/bf16, NaN and infinity."""
+    unknown = [name for name in tensors if name != LATENTS and not _TENSOR.fullmatch(name)]
+    if unknown:
+        raise AdapterError(
+            f"{file} has {len(unknown)} tensors that belong to no part of an adapter, first {unknown[0]!r}. "
+            "It was made by another tool or is damaged."
+        )
+    if not any(name != LATENTS for name in tensors):
+        raise AdapterError(f"{file} holds no adapter tensors. Tune again, or ask for the file again.")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise AdapterError(
+                f"{file}: {name} has dtype {tensor.dtype}, allowed are float32, float16 and bfloat16."
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{file}: {name} holds NaN or infinity. The file is damaged, or its tuning diverged."
+            )
+    return dict(tensors)
+
+
+def _json(text: str, file: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise AdapterError(
+            f"{file}: its header holds broken JSON ({error}). Ask for the file again."
+        ) from None
+
+
+def parse_provenance(text: str, file: str) -> Provenance:
+    """Parse the header entry of a file, refusing a newer format version by name."""
+    given = _json(text, file)
+    version = given.get("format_version") if isinstance(given, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{file} has format version {version}, this tav-peft reads up to {FORMAT_VERSION}. Update tav-peft."
+        )
+    try:
+        provenance = Provenance.model_validate(given)
+        provenance.checked_subset()
+    except Exception as error:
+        raise AdapterError(
+            f"{file}: its header is not that of a tav-peft adapter: {_first_line(error)}"
+        ) from None
+    return provenance
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

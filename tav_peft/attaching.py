@@ -1,0 +1,299 @@
+"""An adapter's parts onto an inflated UNet and off again, with a strength for each part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tav_peft import temporal_init
+from tav_peft.adapter import Adapter, split_name
+from tav_peft.base import architecture
+from tav_peft.errors import AdapterError
+from tav_peft.inflation import InflatedUNet, is_temporal
+from tav_peft.presets import PARTS, part_of
+from tav_peft.recipe import Part
+
+Strength = float | Mapping[Part, float]
+
+
+@dataclasses.dataclass
+class _Slot:
+    """An attached adapter; `inner` is its name inside PEFT, chosen so that it can be part of no module path."""
+
+    adapter: Adapter
+    inner: str
+    strength: dict[Part, float]
+
+
+class Attachments:
+    """The adapters on one UNet.
+
+    Every module follows one law, W = W0 + Σ strength · ΔW, so strength 0 is exactly the base. LoRAs are PEFT layers;
+    a dense update is written into the weight, whose first value is kept and put back bit for bit.
+    """
+
+    def __init__(self, unet: InflatedUNet) -> None:
+        self.unet = unet
+        self._slots: dict[str, _Slot] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._count = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the attached adapters, in the order they came."""
+        return list(self._slots)
+
+    def attach(self, name: str, adapter: Adapter, strength: Strength = 1.0) -> None:
+        """Add an adapter under a name.
+
+        Raises:
+            AdapterError: when the name is taken or the adapter does not fit the UNet, tensor by tensor.
+
+        """
+        if name in self._slots:
+            raise AdapterError(
+                f"An adapter named {name!r} is loaded already. Unload it, or choose another name."
+            )
+        strengths = by_part(strength)
+        audit(adapter, self.unet)
+        self._count += 1
+        slot = _Slot(adapter, f"tav_slot_{self._count}", strengths)
+        if adapter.peft_config is not None:
+            inject_lora(self.unet, lora_config(adapter.peft_config), slot.inner)
+            _fill_lora(self.unet, adapter, slot.inner)
+        self._slots[name] = slot
+        self._apply()
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off; the last one leaves the UNet bit for bit as it was."""
+        slot = self._slots.pop(self._known(name))
+        remove_lora(self.unet, slot.inner)
+        self._apply()
+
+    def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
+        """Set the strengths of the named adapters; those not named get 0."""
+        given = {self._known(name): by_part(strength) for name, strength in strengths.items()}
+        for name, slot in self._slots.items():
+            slot.strength = given.get(name, dict.fromkeys(PARTS, 0.0))
+        self._apply()
+
+    def _known(self, name: str) -> str:
+        if name not in self._slots:
+            raise AdapterError(
+                f"No adapter named {name!r} is loaded. Loaded: {', '.join(self._slots) or 'none'}."
+            )
+        return name
+
+    def _apply(self) -> None:
+        inner = [slot.inner for slot in self._slots.values()]
+        for path, layer in lora_layers(self.unet):
+            others = [
+                n for n in layer.active_adapters if not n.startswith("tav_slot_")
+            ]  # plain LoRAs of other tools
+            layer.set_adapter(others + [n for n in inner if n in layer.r])
+            layer.requires_grad_(False)
+            for slot in self._slots.values():
+                if slot.inner in layer.r:
+                    layer.set_scale(slot.inner, slot.strength[part_of(path)])
+        self._apply_dense()
+
+    @torch.no_grad()
+    def _apply_dense(self) -> None:
+        wanted: dict[str, list[tuple[float, Tensor, _Slot]]] = {}
+        for slot in self._slots.values():
+            for name, tensor in dense_tensors(slot.adapter).items():
+                wanted.setdefault(name, []).append(
+                    (slot.strength[part_of(split_name(name)[0])], tensor, slot)
+                )
+        for name in [*self._originals]:
+            if name not in wanted:
+                _parameter(self.unet, name).copy_(self._originals.pop(name))
+        for name, terms in wanted.items():
+            parameter = _parameter(self.unet, name)
+            original = self._originals.setdefault(name, parameter.detach().clone())
+            parameter.copy_(_composite(name, original, terms))
+
+
+def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor, _Slot]]) -> Tensor:
+    """Sum W0 + Σ s·ΔW in float32; a dense T-Attn tensor is absolute, ΔW counts from its recorded initial value."""
+    active = [(s, tensor, slot) for s, tensor, slot in terms if s != 0.0]
+    if not active:
+        return original
+    total = original.float()
+    for strength, tensor, slot in active:
+        update = tensor.to(total.device, torch.float32)
+        if is_temporal(name):
+            seed = slot.adapter.provenance.temporal_init.seed
+            first = temporal_init.initial(name, tensor.shape, seed).to(total.device)
+            if len(active) == 1 and strength == 1.0 and torch.equal(first.to(original.dtype), original):
+                return update  # W0 + (W - W0) without its rounding
+            update = update - first
+        total = total + strength * update
+    return total
+
+
+def by_part(strength: Strength) -> dict[Part, float]:
+    """Spread one strength over the three parts, or complete a mapping with 1."""
+    if not isinstance(strength, Mapping):
+        return dict.fromkeys(PARTS, float(strength))
+    unknown = [part for part in strength if part not in PARTS]
+    if unknown:
+        raise AdapterError(f"No part named {', '.join(unknown)}. The parts are {', '.join(PARTS)}.")
+    return {part: float(strength.get(part, 1.0)) for part in PARTS}
+
+
+def lora_config(given: Mapping[str, Any]) -> LoraConfig:
+    """Build the LoraConfig of an adapter, without the whole modules, which are handled here."""
+    return LoraConfig(**{**given, "modules_to_save": None})
+
+
+def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Dense tensors by the UNet parameter they change: a `diff` is an update, a T-Attn tensor is absolute."""
+    return {
+        f"{module}.weight" if kind == "diff" else f"{module}.{kind}": tensor
+        for name, tensor in adapter.weights.items()
+        for module, kind in [split_name(name)]
+        if not kind.startswith("lora_")
+    }
+
+
+def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the adapter's config asks for on this UNet."""
+    subset = adapter.subset
+    expected: dict[str, tuple[int, ...]] = {}
+    names = [name for name, _ in unet.named_modules() if ".base_layer" not in name]
+    ranks = (adapter.peft_config or {}).get("rank_pattern") or {}
+    rank = (adapter.peft_config or {}).get("r", 0)
+    for module in subset.lora_modules(names):
+        weight = _parameter(unet, f"{module}.weight")
+        own = next((r for key, r in ranks.items() if module.endswith(key)), rank)
+        expected[f"{module}.lora_A.weight"] = (own, weight.shape[1])
+        expected[f"{module}.lora_B.weight"] = (weight.shape[0], own)
+    for module in subset.dense_modules(names):
+        temporal = is_temporal(f"{module}.")
+        for kind, parameter in _base(unet.get_submodule(module)).named_parameters():
+            if temporal:
+                expected[f"{module}.{kind}"] = tuple(parameter.shape)
+            elif kind == "weight":
+                expected[f"{module}.diff"] = tuple(parameter.shape)
+    return expected
+
+
+def audit(adapter: Adapter, unet: InflatedUNet) -> None:
+    """Compare an adapter with a UNet tensor by tensor: architecture, names, shapes, initial T-Attn.
+
+    Raises:
+        AdapterError: naming what differs and what to do.
+
+    """
+    info = adapter.provenance
+    for key, theirs in info.base.architecture.items():
+        ours = architecture(unet).get(key)
+        if theirs != ours:
+            raise AdapterError(
+                f"The adapter was tuned for a base with {key} {theirs}, this one has {ours}. "
+                f"Use a base like {info.base.name}, or retune."
+            )
+    expected = expected_shapes(adapter, unet)
+    missing = [name for name in expected if name not in adapter.weights]
+    unexpected = [name for name in adapter.weights if name not in expected]
+    if missing or unexpected:
+        say = [f"{len(names)} {what}, first {names[0]}" for what, names in
+               (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
+        raise AdapterError(
+            f"The adapter's tensors do not match its config on this base: {'; '.join(say)}. Retune."
+        )
+    for name, shape in expected.items():
+        if tuple(adapter.weights[name].shape) != shape:
+            raise AdapterError(
+                f"{name} has shape {tuple(adapter.weights[name].shape)}, this base needs {shape}. "
+                f"Use a base like {info.base.name}, or retune."
+            )
+    _audit_temporal(adapter, unet)
+
+
+def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
+    init = adapter.provenance.temporal_init
+    if "t_attn" not in adapter.subset.parts:
+        return
+    if init.name != temporal_init.NAME:
+        raise AdapterError(
+            f"The adapter's T-Attn starts from {init.name!r}, this tav-peft knows {temporal_init.NAME!r}. Update it."
+        )
+    if temporal_fingerprint(unet, init.seed) != init.fingerprint:
+        raise AdapterError(
+            f"The adapter's T-Attn starts from weights that seed {init.seed} does not give on this base "
+            "(their SHA-256 differ), and its updates count from those. The file was changed, or tuned for another base."
+        )
+    if "t_attn" in adapter.subset.lora_parts and unet.temporal_seed != init.seed:
+        raise AdapterError(
+            f"The adapter's T-Attn is a LoRA on initial weights of seed {init.seed}, this UNet has seed "
+            f"{unet.temporal_seed}. Inflate with temporal_seed={init.seed}."
+        )
+
+
+def temporal_fingerprint(unet: InflatedUNet, seed: int) -> str:
+    """Hash the initial T-Attn that `seed` gives on a UNet of these shapes."""
+    shapes = {n.replace(".base_layer", ""): p.shape for n, p in unet.named_parameters() if is_temporal(n)}
+    return temporal_init.fingerprint({n: s for n, s in shapes.items() if ".lora_" not in n}, seed)
+
+
+# -- PEFT layers -----------------------------------------------------------------------------------------
+
+
+def inject_lora(unet: InflatedUNet, config: LoraConfig, inner: str, *, seed: int = 0) -> None:
+    """Wrap the targets in PEFT layers in place, new weights drawn for `seed`."""
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's global stream; nobody else's moves
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet, adapter_name=inner)
+    if not lora_layers(unet, inner):
+        raise AdapterError(
+            "The adapter's config matches no module of this base. Use the base it was tuned for."
+        )
+
+
+def lora_layers(unet: InflatedUNet, inner: str | None = None) -> list[tuple[str, BaseTunerLayer]]:
+    """List the PEFT layers of a UNet by path; with `inner`, those that carry the adapter of that name."""
+    layers = [(path, m) for path, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [(path, layer) for path, layer in layers if inner is None or inner in layer.r]
+
+
+@torch.no_grad()
+def _fill_lora(unet: InflatedUNet, adapter: Adapter, inner: str) -> None:
+    for name, tensor in adapter.weights.items():
+        module, kind = split_name(name)
+        if kind.startswith("lora_"):
+            target = getattr(unet.get_submodule(module), kind.removesuffix(".weight"))[inner].weight
+            target.copy_(tensor)
+
+
+def remove_lora(unet: InflatedUNet, inner: str) -> None:
+    """Take one PEFT adapter off; layers that carry no other become the plain modules they wrapped."""
+    for path, layer in lora_layers(unet):
+        if inner in layer.r:
+            layer.delete_adapter(inner)
+        if not layer.r:
+            parent, _, child = path.rpartition(".")
+            setattr(unet.get_submodule(parent), child, layer.get_base_layer())
+    configs = getattr(unet, "peft_config", {})
+    configs.pop(inner, None)
+    if not configs and hasattr(unet, "peft_config"):
+        del unet.peft_config
+        unet._hf_peft_config_loaded = False
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _parameter(unet: InflatedUNet, name: str) -> nn.Parameter:
+    module, _, kind = name.rpartition(".")
+    parameter = getattr(_base(unet.get_submodule(module)), kind)
+    assert isinstance(parameter, nn.Parameter)
+    return parameter

@@ -1,0 +1,35 @@
+"""Other tools' adapter formats, one file each; `read` recognises what it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from tav_peft.adapter import Adapter
+from tav_peft.formats import peft
+
+
+class Format(Protocol):
+    """What a format's module offers."""
+
+    def write(self, adapter: Adapter, path: Path) -> Path:
+        """Write an adapter in this format."""
+        ...
+
+    def read(self, path: Path) -> Adapter:
+        """Read an adapter in this format."""
+        ...
+
+
+FORMATS: dict[str, Format] = {"peft": peft}
+
+
+def read(path: str | Path) -> Adapter:
+    """Read an adapter: one of our files, or a PEFT folder that `tav export` wrote.
+
+    Raises:
+        AdapterError: when there is nothing, or nothing that can be read.
+
+    """
+    path = Path(path)
+    return peft.read(path) if path.is_dir() else Adapter.load(path)

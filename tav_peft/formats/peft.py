@@ -1,0 +1,106 @@
+"""PEFT's folder: adapter_config.json and adapter_model.safetensors, loadable by stock PEFT on `inflate(unet)`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tav_peft.adapter import Adapter, check_tensors, parse_provenance, split_name
+from tav_peft.errors import AdapterError
+from tav_peft.presets import json_config
+from tav_peft.tensor_file import read_tensors, write_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def write(adapter: Adapter, path: Path) -> Path:
+    """Write the folder; a dense query update becomes a LoRA of full rank (B = the update, A = identity), exactly.
+
+    The clip's latents are left out: PEFT would refuse them.
+
+    Raises:
+        AdapterError: when the adapter has no part that PEFT's LoRA can name, or the disk refuses.
+
+    """
+    tensors, config = _as_lora(adapter)
+    if path.exists() and not path.is_dir():
+        raise AdapterError(f"{path} is a file; a PEFT adapter is a folder. Give another name.")
+    provenance = json.dumps(adapter.provenance.model_dump(mode="json"), sort_keys=True)
+    own = json.dumps(adapter.peft_config, sort_keys=True)
+    header = {"format": "pt", "tav_peft": provenance, "peft_config": own}
+    write_tensors(path / WEIGHTS, {_PREFIX + name: tensor for name, tensor in tensors.items()}, header)
+    with tempfile.NamedTemporaryFile("w", dir=path, delete=False, suffix=".tmp") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path / CONFIG)
+    return path
+
+
+def read(path: Path) -> Adapter:
+    """Read a folder that `write` wrote.
+
+    Raises:
+        AdapterError: when a file is missing or it was not written by tav-peft.
+
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).exists():
+            raise AdapterError(
+                f"{path} has no {name}, so it is no PEFT adapter. Give the folder that holds both files."
+            )
+    tensors, metadata = read_tensors(path / WEIGHTS)
+    if "tav_peft" not in metadata:
+        raise AdapterError(
+            f"{path} is a PEFT adapter, but its header lacks 'tav_peft': not made for an inflated UNet."
+        )
+    provenance = parse_provenance(metadata["tav_peft"], str(path))
+    plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    own = json.loads(metadata.get("peft_config", "null"))
+    if own is None:  # a dense adapter, written as LoRAs of full rank
+        plain = _as_dense(plain)
+    return Adapter(check_tensors(plain, str(path)), own, provenance)
+
+
+def _as_lora(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if adapter.peft_config is not None:
+        return adapter.weights, {
+            **adapter.peft_config,
+            "base_model_name_or_path": adapter.provenance.base.name,
+        }
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in adapter.weights.items():
+        module, kind = split_name(name)
+        if kind == "diff":
+            tensors[f"{module}.lora_B.weight"] = tensor
+            tensors[f"{module}.lora_A.weight"] = torch.eye(tensor.shape[1], dtype=tensor.dtype)
+            ranks[module] = tensor.shape[1]
+        else:
+            tensors[name] = tensor
+    if not ranks:
+        raise AdapterError(
+            "This adapter is a dense T-Attn alone, which a LoRA config cannot name without a LoRA beside it. "
+            "Tune with one of the parts st_attn or cross_attn too, or keep the .safetensors file."
+        )
+    subset = adapter.subset
+    queries = type(subset)("hybrid", subset.parts, subset.blocks)
+    config = queries.peft_config([split_name(name)[0] for name in adapter.weights], rank=1, alpha=1)
+    assert config is not None
+    plain = {**json_config(config), "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
+    return tensors, {**plain, "base_model_name_or_path": adapter.provenance.base.name}
+
+
+def _as_dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    dense = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_B.weight"):
+            dense[name.replace(".lora_B.weight", ".diff")] = tensor
+        elif not name.endswith(".lora_A.weight"):
+            dense[name] = tensor
+    return dense

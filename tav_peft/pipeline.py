@@ -1,0 +1,350 @@
+"""TuneAVideoPipeline: a diffusers pipeline on an inflated base, with adapters, inversion and editing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tav_peft import base as bases
+from tav_peft import formats
+from tav_peft.adapter import Adapter
+from tav_peft.attaching import Attachments, Strength
+from tav_peft.clip import Clip
+from tav_peft.errors import BaseModelError, TavError
+from tav_peft.inflation import InflatedUNet, inflate
+from tav_peft.inversion import Inversion, invert
+from tav_peft.shapes import Latents, TextStates
+
+Progress = Callable[[int, int], None]  # steps done, steps in all
+
+
+@dataclasses.dataclass(frozen=True)
+class EditOutput:
+    """What a call of the pipeline made: one clip a prompt, and their clean latents (one row a prompt)."""
+
+    clips: list[Clip]
+    latents: Latents
+
+
+class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
+
+    `pipe.unet` is the inflated UNet (see `inflate`); the scheduler starts as the base's DDIM and may be replaced by any
+    diffusers scheduler. Offloading, devices and dtypes work as in every diffusers pipeline.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        if unet.config.in_channels != vae.config.latent_channels:
+            raise BaseModelError(
+                f"The UNet takes {unet.config.in_channels} channels, the VAE makes {vae.config.latent_channels}: "
+                "an inpainting or depth model. Use a plain text-to-image base."
+            )
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet if isinstance(unet, InflatedUNet) else inflate(unet),
+            scheduler=_ddim(scheduler),
+        )
+        self._attachments = Attachments(self.unet)
+
+    @classmethod
+    def from_pretrained(cls, base: str | Path, **kwargs: Any) -> TuneAVideoPipeline:
+        """Load a base: a folder in diffusers layout, a hub id, or the embedded `"pocket"`.
+
+        Keyword arguments are those of `DiffusionPipeline.from_pretrained` (torch_dtype, variant, revision, …).
+
+        Raises:
+            BaseModelError: when there is no such base, or it cannot be inflated.
+
+        """
+        location = bases.locate(base)
+        try:
+            pipe: TuneAVideoPipeline = super().from_pretrained(location, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BaseModelError(f"{base} cannot be loaded as a base: {reason}") from error
+        pipe.vae.requires_grad_(False)
+        pipe.text_encoder.requires_grad_(False)
+        pipe.unet.requires_grad_(False)
+        return pipe
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base, without folders of this machine."""
+        return bases.name_of(self.config._name_or_path)
+
+    # -- adapters ----------------------------------------------------------------------------------------
+
+    def load_adapter(
+        self, adapter: Adapter | str | Path, adapter_name: str = "default", strength: Strength = 1.0
+    ) -> Adapter:
+        """Attach an adapter (a file, a PEFT folder, or what `tune` returned) and return it.
+
+        `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base.
+
+        Raises:
+            AdapterError: when the file is damaged or does not fit this base.
+
+        """
+        if not isinstance(adapter, Adapter):
+            adapter = formats.read(adapter)
+        self._attachments.attach(adapter_name, adapter, strength)
+        return adapter
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: Strength | Sequence[Strength] | None = None
+    ) -> None:
+        """Choose which loaded adapters are on, with their strengths (1 where none are given); the others go off."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if adapter_weights is None or isinstance(adapter_weights, (int, float, Mapping)):
+            weights: list[Strength] = [1.0 if adapter_weights is None else adapter_weights] * len(names)
+        else:
+            weights = list(adapter_weights)
+        if len(weights) != len(names):
+            raise TavError(
+                f"{len(names)} adapters and {len(weights)} strengths were given. Give one strength each."
+            )
+        self._attachments.set_strengths(dict(zip(names, weights, strict=True)))
+
+    def unload_adapter(self, adapter_name: str = "default") -> None:
+        """Take an adapter off; without adapters the UNet is bit for bit the base again."""
+        self._attachments.detach(adapter_name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return self._attachments.names
+
+    # -- text and pixels ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> TextStates:
+        """Encode prompts to the states the UNet attends to, (prompts, tokens, width).
+
+        Raises:
+            TavError: when a prompt is longer than the text encoder reads.
+
+        """
+        limit = self.tokenizer.model_max_length
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            if count > limit:
+                raise TavError(
+                    f"The prompt {prompt!r} has {count} tokens, this base reads {limit} (two are marks). Shorten it."
+                )
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
+        states: Tensor = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+        return states.to(self.unet.dtype)
+
+    @torch.no_grad()
+    def encode_moments(self, clip: Clip) -> tuple[Latents, Latents]:
+        """Encode a clip one frame at a time to its posterior's mean and standard deviation, unscaled latents."""
+        self._check_size(clip.height, clip.width)
+        frames = clip.tensor()[0].transpose(0, 1).to(self._execution_device, self.vae.dtype)  # f c h w
+        posteriors = [self.vae.encode(frame[None]).latent_dist for frame in frames]
+        mean = torch.cat([p.mean for p in posteriors]).transpose(0, 1)[None]
+        std = torch.cat([p.std for p in posteriors]).transpose(0, 1)[None]
+        return mean, std
+
+    def encode_clip(self, clip: Clip) -> Latents:
+        """Encode a clip to its clean latents, (1, channels, frames, height, width): the posterior's mean, scaled."""
+        mean, _ = self.encode_moments(clip)
+        return mean.to(self.unet.dtype) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Latents, *, like: Clip | None = None, fps: float = 8.0) -> list[Clip]:
+        """Decode each row of clean latents to a clip, one frame at a time; `like` lends its frame rate and sound."""
+        clips = []
+        for video in latents:
+            frames = (video / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)  # f c h w
+            decoded = torch.cat([self.vae.decode(frame[None]).sample.float().cpu() for frame in frames])
+            clips.append(Clip.from_tensor(decoded.transpose(0, 1), like=like, fps=fps))
+        return clips
+
+    def _check_size(self, height: int, width: int) -> None:
+        # the latents must halve evenly at every level for the skips to meet; the UNet itself pads odd sizes
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise TavError(
+                f"The clip is {width}x{height}, this base needs multiples of {factor}. Read it with a `size` that is."
+            )
+
+    # -- inversion and editing ---------------------------------------------------------------------------
+
+    def inversion_scheduler(self) -> DDIMScheduler:
+        """Build the DDIM scheduler that inversion walks: the pipeline's own numbers, never clipping."""
+        return _ddim(self.scheduler)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        clip_or_latents: Clip | Latents,
+        *,
+        num_inference_steps: int = 50,
+        depth: float = 1.0,
+        progress: Progress | None = None,
+    ) -> Inversion:
+        """Invert a clip, or its clean latents, by DDIM without text, with the adapters that are on.
+
+        Only the share `depth` of the steps, from the clean end, is gone through.
+
+        Raises:
+            TavError: for impossible steps, depth or sizes.
+
+        """
+        _check_steps(num_inference_steps, depth)
+        given = clip_or_latents
+        latents = self.encode_clip(given) if isinstance(given, Clip) else given
+        latents = latents.to(self._execution_device, self.unet.dtype)
+        if latents.ndim != 5 or latents.shape[0] != 1:
+            raise TavError(
+                f"Latents of shape {tuple(latents.shape)}: give (1, channels, frames, height, width)."
+            )
+        text = self.encode_prompts([""])
+
+        def predict(x: Latents, timestep: int) -> Latents:
+            output: Latents = self.unet(x, timestep, text).sample
+            return output
+
+        steps = max(1, round(depth * num_inference_steps))
+        scheduler = self.inversion_scheduler()
+        trajectory = invert(predict, latents, scheduler, num_inference_steps, steps=steps, progress=progress)
+        self.maybe_free_model_hooks()
+        info: dict[str, Any] = {"prediction_type": scheduler.config.prediction_type, "base": self.base_name}
+        if isinstance(given, Clip):
+            info |= {"clip": given.fingerprint, "fps": given.fps, "name": given.name}
+        return Inversion(trajectory.cpu(), num_inference_steps, info)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        inversion: Inversion | None = None,
+        guidance_scale: float = 12.5,
+        num_inference_steps: int | None = None,
+        depth: float = 1.0,
+        negative_prompt: str = "",
+        latents: Latents | None = None,
+        generator: torch.Generator | None = None,
+        like: Clip | None = None,
+        progress: Progress | None = None,
+    ) -> EditOutput:
+        """Make one clip for each prompt, all from the same inversion (or the same noise `latents`).
+
+        `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
+        noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `like` lends
+        frame rate and sound to the results. `generator` only matters to schedulers that add noise.
+
+        Raises:
+            TavError: for prompts that are too long and impossible numbers.
+
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        steps = num_inference_steps or (inversion.num_inference_steps if inversion else 50)
+        _check_steps(steps, depth)
+        start, left = self._start(inversion, latents, steps, depth)
+        states = self.encode_prompts([*prompts, negative_prompt])
+        self.scheduler.set_timesteps(steps)
+        done, total = 0, left * len(prompts)
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        results = []
+        for text in states[:-1]:
+            pair = torch.stack([states[-1], text]) if guidance_scale != 1 else text[None]
+            results.append(self._sample(start, pair, left, guidance_scale, generator, tick))
+        clean = torch.cat(results)
+        fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
+        clips = self.decode_latents(clean, like=like, fps=fps)
+        self.maybe_free_model_hooks()
+        return EditOutput(clips, clean.cpu())
+
+    def _start(
+        self, inversion: Inversion | None, latents: Latents | None, steps: int, depth: float
+    ) -> tuple[Latents, int]:
+        if (inversion is None) == (latents is None):
+            raise TavError("Give either an inversion (from `pipe.invert`) or noise latents to start from.")
+        if inversion is None:
+            assert latents is not None
+            return latents.to(self._execution_device, self.unet.dtype), steps
+        if steps != inversion.num_inference_steps:
+            raise TavError(
+                f"The inversion has {inversion.num_inference_steps} steps, {steps} were asked for. Use the same number."
+            )
+        reached = len(inversion.trajectory) - 1
+        if max(1, round(depth * steps)) > reached:
+            raise TavError(
+                f"The inversion goes to depth {reached / steps:g}, {depth:g} was asked for. Invert deeper."
+            )
+        start, left = inversion.at(depth)
+        return start.to(self._execution_device, self.unet.dtype), left
+
+    def _sample(
+        self,
+        latents: Latents,
+        text: TextStates,
+        left: int,
+        guidance_scale: float,
+        generator: torch.Generator | None,
+        tick: Callable[[], None],
+    ) -> Latents:
+        """Sample the last `left` timesteps with classifier-free guidance (Ho & Salimans 2022)."""
+        self.scheduler.set_timesteps(self.scheduler.num_inference_steps, device=latents.device)
+        timesteps = self.scheduler.timesteps
+        if (
+            left < self.scheduler.num_inference_steps
+        ):  # else all: some schedulers have more timesteps than steps
+            timesteps = timesteps[-left:]
+        noisy = self.scheduler.init_noise_sigma
+        latents = latents * noisy if noisy != 1 else latents
+        extra = {"generator": generator} if generator is not None else {}
+        for timestep in timesteps:
+            scaled = self.scheduler.scale_model_input(latents, timestep).expand(len(text), -1, -1, -1, -1)
+            output = self.unet(scaled, timestep, text).sample
+            if len(text) == 2:
+                without, with_text = output.chunk(2)
+                output = without + guidance_scale * (with_text - without)
+            latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+            tick()
+        return latents
+
+
+def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """Build a DDIM scheduler of another one's numbers, as the original pipeline does: offset 1, no clipping."""
+    if (
+        isinstance(scheduler, DDIMScheduler)
+        and scheduler.config.steps_offset == 1
+        and not scheduler.config.clip_sample
+    ):
+        return DDIMScheduler.from_config(scheduler.config)
+    return DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False)
+
+
+def _check_steps(num_inference_steps: int, depth: float) -> None:
+    if not 1 <= num_inference_steps <= 1000:
+        raise TavError(f"{num_inference_steps} steps: give between 1 and 1000.")
+    if not 0 < depth <= 1:
+        raise TavError(f"depth {depth:g}: give more than 0 and at most 1 (the paper's).")

@@ -1,0 +1,126 @@
+"""What a tuning leaves beside its adapter: the trail of earlier adapters, the state to resume from, the loss plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tav_peft.errors import TuningError
+from tav_peft.tensor_file import read_tensors, write_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Trail:
+    """Places beside an adapter file `name.safetensors`: `name.trail/` and `name.loss.png`."""
+
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the earlier adapters and of the state to resume from."""
+        return self.output.with_name(self.output.stem + ".trail")
+
+    @property
+    def state(self) -> Path:
+        """File to resume from; it is there only while a tuning is unfinished."""
+        return self.folder / "resume.safetensors"
+
+    @property
+    def plot(self) -> Path:
+        """Picture of the loss."""
+        return self.output.with_name(self.output.stem + ".loss.png")
+
+    def at_step(self, step: int) -> Path:
+        """File of the adapter as it was after a step."""
+        return self.folder / f"step-{step:05d}.safetensors"
+
+    def save_state(
+        self,
+        key: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        losses: Sequence[float],
+    ) -> None:
+        """Write everything the next step depends on; tensors only, no pickle."""
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "generator": generator.get_state()}
+        for name, parameter in parameters.items():
+            tensors[f"parameter/{name}"] = parameter.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        write_tensors(self.state, tensors, {"key": key})
+
+    def load_state(
+        self,
+        key: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+    ) -> list[float]:
+        """Put the saved state back, and return the losses so far; no saved state leaves all as it is.
+
+        Raises:
+            TuningError: when the state belongs to other settings.
+
+        """
+        if not self.state.exists():
+            return []
+        tensors, metadata = read_tensors(self.state)
+        if metadata.get("key") != key:
+            raise TuningError(
+                f"{self.folder} holds an unfinished tuning with other settings (recipe, caption, clip or base). "
+                "Finish it with its own settings, choose another output, or start over with --restart."
+            )
+        losses: list[float] = tensors["losses"].tolist()
+        generator.set_state(tensors["generator"])
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(len(losses))),
+                    "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+                }
+        return losses
+
+    def clear_state(self) -> None:
+        """Remove the state to resume from."""
+        self.state.unlink(missing_ok=True)
+
+
+def settings_key(**settings: Any) -> str:
+    """Hash the settings that a resumed tuning must share with the one it goes on with."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plot_losses(losses: Sequence[float], path: Path) -> None:
+    """Draw the loss of each step and its running mean."""
+    from matplotlib.figure import Figure
+
+    values = torch.tensor(losses)
+    window = max(1, min(25, len(losses) // 4))
+    mean: Tensor = values.unfold(0, window, 1).mean(dim=1)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="each step")
+    axes.plot(
+        range(window, len(losses) + 1),
+        mean.tolist(),
+        color="#c2452d",
+        linewidth=1.8,
+        label=f"mean of {window}",
+    )
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)

@@ -1,0 +1,150 @@
+"""The command line on a stand-in for the library: what a command asks for is recorded, nothing is computed."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import tav_peft
+from tav_peft.cli.main import app
+from tav_peft.recipe import Recipe
+
+
+class FakeClip:
+    """A clip that records how it was read and written."""
+
+    reads: list[tuple[Path, dict[str, Any]]]
+    writes: list[tuple[Path, int]]
+
+    def __init__(self, width: int = 64) -> None:
+        self.width = width
+
+    @classmethod
+    def read(cls, path: Path, **options: Any) -> "FakeClip":
+        cls.reads.append((path, options))
+        return cls()
+
+    def write(self, path: Path, *, scale: int = 1) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"made")
+        self.writes.append((path, scale))
+        return path
+
+
+@dataclass
+class Library:
+    """What the commands asked of the library, and what it shall answer."""
+
+    clip: type[FakeClip]
+    tunings: list[dict[str, Any]] = field(default_factory=list)
+    bases: list[str] = field(default_factory=list)
+    inversions: list[dict[str, Any]] = field(default_factory=list)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    attached: list[float] = field(default_factory=list)
+    sources: list[tuple[Path, Path | None]] = field(default_factory=list)
+    exports: list[Path] = field(default_factory=list)
+    source: Any = None
+    failure: BaseException | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe.load("pocket"))
+
+    def tune(
+        self,
+        _pipe: Any,
+        _clip: Any,
+        prompt: str,
+        recipe: Recipe,
+        *,
+        output: Path,
+        progress: Any,
+        **flags: Any,
+    ):
+        self.tunings.append({"prompt": prompt, "recipe": recipe, "output": output, **flags})
+        steps = recipe.training.steps
+        for step in (1, steps):
+            progress(SimpleNamespace(step=step, steps=steps, loss=1 / step, seconds_per_step=0.5))
+        output.write_bytes(bytes(1300))
+
+    def from_pretrained(self, base: str) -> "Library":
+        self.bases.append(base)
+        return self
+
+    def to(self, device: str) -> None:
+        assert device in {"cpu", "cuda", "mps"}
+
+    def load_adapter(self, _adapter: Any, strength: float = 1.0) -> None:
+        self.attached.append(strength)
+
+    def invert(self, _source: Any, *, progress: Any, **options: Any) -> Any:
+        self.inversions.append(options)
+        progress(1, 1)
+        return SimpleNamespace(save=lambda path: path.write_bytes(b"latents"))
+
+    def __call__(self, prompts: list[str], *, progress: Any, **options: Any) -> Any:
+        self.edits.append({"prompts": prompts, **options})
+        progress(1, 1)
+        return SimpleNamespace(clips=[self.clip() for _ in prompts])
+
+    def read(self, _path: Path) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        settings = self.recipe.model_dump(mode="json")
+        provenance = {"caption": "a rabbit on grass", "base": {"name": "pocket"}, "recipe": settings}
+        return SimpleNamespace(
+            summary=lambda: {
+                "preset": "lite",
+                "alpha": None,
+                "parts": {"t_attn": {"bytes": 10}},
+                "bytes": 10,
+            },
+            provenance=SimpleNamespace(
+                recipe=settings,
+                editing=settings["editing"],
+                base=SimpleNamespace(name="pocket"),
+                model_dump=lambda **_: provenance,
+            ),
+        )
+
+    def source_of(self, _adapter: Any, adapter_path: Path, clip_path: Path | None) -> Any:
+        self.sources.append((adapter_path, clip_path))
+        return self.source
+
+    def write(self, _adapter: Any, path: Path) -> Path:
+        self.exports.append(path)
+        return path
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path) -> Library:
+    clip = type("FakeClip", (FakeClip,), {"reads": [], "writes": []})
+    fake = Library(clip=clip, source=clip())
+    formats = {"read": fake.read, "FORMATS": {"peft": SimpleNamespace(write=fake.write)}}
+    modules = {
+        "clip": {"Clip": clip},
+        "formats": formats,
+        "pipeline": {"TuneAVideoPipeline": fake},
+        "sources": {"source_of": fake.source_of},
+        "tuning": {"tune": fake.tune},
+    }
+    for name, contents in modules.items():
+        module = ModuleType(f"tav_peft.{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, f"tav_peft.{name}", module)
+        monkeypatch.setattr(tav_peft, name, module, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.fixture
+def tav():
+    """Run a command; stdout and stderr apart, lines not wrapped."""
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "400", "NO_COLOR": "1"})
+
+    return run

@@ -1,0 +1,102 @@
+"""`tav edit`: settings from the adapter unless given, files named after prompts, nothing replaced unasked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tav_peft.recipe import Recipe
+
+
+def test_settings_are_the_adapters_unless_given(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    options = "--guidance 7 --steps 20 --depth 0.55 --negative-prompt blur --strength 0.5"
+    tav("edit", "a.safetensors", "--prompt", "a fox", *options.split())
+    usual, given = library.edits
+    numbers = ("guidance_scale", "num_inference_steps", "depth", "negative_prompt")
+    assert [usual[name] for name in numbers] == [4.0, 50, 1.0, ""]  # of the recipe pocket
+    assert [given[name] for name in numbers] == [7.0, 20, 0.55, "blur"]
+    assert library.inversions == [
+        {"num_inference_steps": 50, "depth": 1.0},
+        {"num_inference_steps": 20, "depth": 0.55},
+    ]
+    assert library.attached == [1.0, 0.5]
+
+
+def test_several_prompts_share_one_inversion(library, tav):
+    result = tav("edit", "a.safetensors", "--prompt", "a panda", "--prompt", "a fox, in the snow!")
+    assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-fox-in-the-snow.mp4\n"
+    assert len(library.inversions) == 1
+    assert library.edits[0]["prompts"] == ["a panda", "a fox, in the snow!"]
+
+
+def test_without_a_prompt_the_recipes_edits_are_made(library, tav):
+    assert tav("edit", "a.safetensors").exit_code == 2
+    library.recipe = Recipe.load("man-skiing")
+    assert tav("edit", "a.safetensors").exit_code == 0
+    assert library.edits[0]["prompts"] == list(library.recipe.edits)
+
+
+def test_each_edit_is_a_video_and_a_contact_sheet_large_enough_to_see(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    assert library.clip.writes == [(Path("a-edits/a-panda.mp4"), 4), (Path("a-edits/a-panda.png"), 4)]
+
+
+def test_an_edit_keeps_frame_rate_and_sound_of_the_source_clip(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    library.source = "latents from the adapter"
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    assert [edit["like"] is None for edit in library.edits] == [False, True]
+
+
+def test_the_clip_and_the_base_may_be_given(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--clip", "b.mp4", "--base", "other")
+    assert library.sources == [(Path("a.safetensors"), None), (Path("a.safetensors"), Path("b.mp4"))]
+    assert library.bases == ["pocket", "other"]
+
+
+def test_an_earlier_edit_is_kept_unless_it_may_be_replaced(library, tav):
+    command = ("edit", "a.safetensors", "--prompt", "a panda")
+    outputs = [tav(*command, *more).stdout for more in ((), (), ("--overwrite",))]
+    assert outputs == ["a-edits/a-panda.mp4\n", "a-edits/a-panda-2.mp4\n", "a-edits/a-panda.mp4\n"]
+
+
+def test_prompts_with_one_name_get_two_files(library, tav):
+    result = tav("edit", "a.safetensors", "--prompt", "A panda!", "--prompt", "a panda", "--overwrite")
+    assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-panda-2.mp4\n"
+
+
+def test_one_prompt_may_name_its_file(library, tav):
+    assert tav("edit", "a.safetensors", "--prompt", "a panda", "-o", "out/x.mp4").stdout == "out/x.mp4\n"
+    assert Path("out/x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ("--prompt", "a", "--prompt", "b", "-o", "x.mp4"),
+            2,
+            "x.mp4 is one file for 2 prompts: give a folder.",
+        ),
+        (("--prompt", "a", "-o", "there.mp4"), 2, "there.mp4 is already there. Add --overwrite"),
+        (("--prompt", "a", "--depth", "0"), 1, "editing: depth: must be greater than 0, not 0.0."),
+        (("--prompt", "a", "--guidance", "0.5"), 1, "guidance_scale: must be greater than or equal to 1"),
+        (("--prompt", "a", "--strength", "-1"), 2, "--strength"),
+        ((), 2, "Invalid value for --prompt: the adapter's recipe has none. Give one."),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_loaded(library, tav, options, code, message):
+    Path("there.mp4").write_bytes(b"mine")
+    result = tav("edit", "a.safetensors", *options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert library.bases == []
+
+
+def test_json_is_one_object_with_each_edit_and_its_settings(library, tav):
+    told = json.loads(tav("edit", "a.safetensors", "--prompt", "a panda", "--json").stdout)
+    sheet = {"prompt": "a panda", "clip": "a-edits/a-panda.mp4", "contact_sheet": "a-edits/a-panda.png"}
+    assert told["edits"] == [sheet]
+    assert (told["guidance_scale"], told["num_inference_steps"], told["strength"]) == (4.0, 50, 1.0)

@@ -1,0 +1,140 @@
+"""`tav tune`: which settings win, what is asked of the library, what is reported."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tav_peft.recipe import Recipe, shipped, shipped_text
+
+PROMPT = ("--prompt", "a rabbit")
+
+
+def settled(library, tav, *options: str) -> Recipe:
+    result = tav("tune", "clip.mp4", *PROMPT, *options)
+    assert result.exit_code == 0, result.output
+    return library.tunings[-1]["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "paper"),
+        (("--base", "pocket"), "pocket"),
+        (("--preset", "lite"), "lite"),
+        (("--preset", "hybrid"), "hybrid"),
+        (("--base", "pocket", "--preset", "lite"), "pocket"),
+        (("--base", "pocket", "--recipe", "lite"), "lite"),
+    ],
+)
+def test_the_recipe_suits_the_base_and_the_preset_unless_given(library, tav, options, expected):
+    assert settled(library, tav, *options).name == expected
+
+
+def test_an_option_wins_over_set_and_set_over_the_recipe(library, tav):
+    assert settled(library, tav, "--recipe", "lite").training.steps == 500
+    assert settled(library, tav, "--recipe", "lite", "--set", "training.steps=30").training.steps == 30
+    for order in (
+        ("--set", "training.steps=30", "--steps", "3"),
+        ("--steps", "3", "--set", "training.steps=30"),
+    ):
+        assert settled(library, tav, "--recipe", "lite", *order).training.steps == 3
+
+
+def test_each_option_reaches_its_setting(library, tav):
+    options = (
+        "--preset lite --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 --lr 1e-4"
+    )
+    recipe = settled(library, tav, *options.split(), "--seed", "7", "--base", "my: [base]")
+    assert (recipe.adapter.preset, recipe.adapter.rank, recipe.base) == ("lite", 8, "my: [base]")
+    assert (recipe.training.steps, recipe.training.lr, recipe.training.seed) == (9, 1e-4, 7)
+    read = {"frames": 6, "start": 2, "stride": 3, "size": (512, 320), "fit": "pad"}
+    assert library.clip.reads == [(Path("clip.mp4"), read)]
+    assert library.bases == ["my: [base]"]
+
+
+def test_a_stride_of_spread_undoes_the_recipes(library, tav):
+    assert settled(library, tav, "--recipe", "man-skiing").clip.stride == 2
+    assert settled(library, tav, "--recipe", "man-skiing", "--stride", "spread").clip.stride is None
+
+
+def test_the_caption_is_the_prompt_or_else_the_recipes(library, tav):
+    assert tav("tune", "clip.mp4", "--recipe", "man-skiing").exit_code == 0
+    assert tav("tune", "clip.mp4", "--recipe", "man-skiing", "--prompt", "yes: 3").exit_code == 0
+    assert [tuning["prompt"] for tuning in library.tunings] == ["a man is skiing", "yes: 3"]
+
+
+def test_the_adapter_is_named_after_the_clip_unless_given(library, tav):
+    tav("tune", "clips/my.rabbit.mp4", *PROMPT)
+    tav("tune", "clips/my.rabbit.mp4", *PROMPT, "-o", "other.safetensors")
+    outputs = [tuning["output"] for tuning in library.tunings]
+    assert outputs == [Path("my.rabbit.safetensors"), Path("other.safetensors")]
+
+
+def test_flags_reach_the_library(library, tav):
+    tav("tune", "clip.mp4", *PROMPT)
+    tav("tune", "clip.mp4", *PROMPT, "--keep-latents", "--overwrite", "--restart")
+    names = ("keep_latents", "overwrite", "restart")
+    assert [[tuning[name] for name in names] for tuning in library.tunings] == [[False] * 3, [True] * 3]
+
+
+def test_stdout_is_the_adapters_path_and_nothing_else(library, tav):
+    result = tav("tune", "clip.mp4", *PROMPT, "-o", "a[1].safetensors")
+    assert result.stdout == "a[1].safetensors\n"
+    assert "recipe paper, 500 steps" in result.stderr
+    assert "1.3 kB. Next: tav edit" in result.stderr
+
+
+def test_the_bar_shows_loss_pace_and_what_is_left(library, tav):
+    stderr = tav("tune", "clip.mp4", *PROMPT, "--steps", "4").stderr
+    assert "4/4 loss 0.2500  2.00 it/s  0:00:00 left" in stderr
+
+
+def test_json_is_one_object_with_paths_and_numbers(library, tav):
+    told = json.loads(tav("tune", "clip.mp4", *PROMPT, "--steps", "4", "--json").stdout)
+    assert told["seconds"] >= 0
+    assert told | {"seconds": 0} == {
+        "adapter": "clip.safetensors",
+        "bytes": 1300,
+        "loss_plot": "clip.loss.png",
+        "trail": "clip.trail",
+        "base": "CompVis/stable-diffusion-v1-4",
+        "recipe": "paper",
+        "prompt": "a rabbit",
+        "steps": 4,
+        "loss": 0.25,
+        "seconds": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--recipe", "lite"), 2, "Invalid value for --prompt: the recipe has none. Give one."),
+        ((*PROMPT, "--recipe", "mine.yaml"), 2, "Invalid value for --base: the recipe has none. Give one."),
+        ((*PROMPT, "--rank", "8"), 2, "Invalid value for --rank: the preset paper has no LoRA."),
+        ((*PROMPT, "--device", "gpu"), 2, "Invalid value for --device: gpu cannot be used here: "),
+        ((*PROMPT, "--preset", "lit"), 1, "not 'lit'. Did you mean 'lite'?"),
+        ((*PROMPT, "--stride", "two"), 1, "clip.stride: must be a whole number, not 'two'."),
+        ((*PROMPT, "--size", "-64"), 1, "clip.size: must be a whole number of at least 8"),
+        ((*PROMPT, "--lr", "nan"), 1, "training.lr: must be a finite number, not nan."),
+        ((*PROMPT, "--set", "adapter.rnak=8"), 1, "adapter.rnak: no such field. Did you mean 'rank'?"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_is_loaded(library, tav, options, code, message):
+    Path("mine.yaml").write_text("training: {steps: 3}")
+    result = tav("tune", "clip.mp4", *options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert library.bases == []
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_command_in_a_recipes_first_lines_runs(library, tav, name):
+    lines = [line for line in shipped_text(name).splitlines() if line.startswith("#     tav ")]
+    assert lines
+    for line in lines:
+        result = tav(*shlex.split(line)[2:])
+        assert result.exit_code == 0, result.output
+    assert [tuning["recipe"].name for tuning in library.tunings] == [name] * len(lines)

@@ -1,0 +1,201 @@
+"""Train pocket's text encoder and UNet together on captioned scenes, in the latents of its trained VAE.
+
+torchrun --nproc-per-node 2 training/train_unet.py work/unet --vae work/vae/vae --steps 11000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from loop import join, train, trapezoid
+from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, random_scene, render
+
+POSITIONS = 32
+WIDTH = 96
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (64, 128, 128),
+    "layers_per_block": 1,
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Train a byte-level BPE in CLIP's layout in which every word of the world is one token."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    text = " ".join([*OBJECTS, *BACKGROUNDS.values(), *STYLES.values(), "a an and is are moving with"])
+    bpe.train_from_iterator([text.replace(",", " ")], trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    words = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
+    words = list(dict.fromkeys([*words, START, END]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        model_max_length=POSITIONS,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+    )
+    for word in text.replace(",", " ").split():
+        assert len(tokenizer(word).input_ids) == 3, word
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Build an untrained two-layer CLIP text encoder for the tokenizer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=POSITIONS,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Tokenise as the pipelines do: padded to the model's length."""
+    return tokenizer(
+        captions, padding="max_length", max_length=POSITIONS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_scenes(
+    file: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int
+) -> dict[str, Tensor]:
+    """Draw scenes, encode them and keep latents (half precision) and caption tokens in `file`."""
+    if not file.exists():
+        rng, latents, tokens = random.Random(seed), [], []
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count // 25):
+            scenes = [random_scene(rng) for _ in range(25)]
+            x = (
+                torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5
+                - 1
+            )
+            latents.append(vae.encode(x).latent_dist.sample(generator).half())
+            tokens.append(tokens_of(tokenizer, [s.caption for s in scenes]))
+        torch.save({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, file)
+    return torch.load(file, weights_only=True)
+
+
+class Denoiser(nn.Module):
+    """The two parts that are trained together."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(**UNET)
+        self.text_encoder = make_text_encoder(tokenizer)
+
+    def loss(self, latents: Tensor, tokens: Tensor, alphas: Tensor) -> Tensor:
+        """Min-SNR-5 weighted error of the predicted noise (Hang et al. 2023)."""
+        count = len(latents)
+        timesteps = torch.randint(0, len(alphas), (count,))
+        alpha = alphas[timesteps][:, None, None, None]
+        noise = torch.randn_like(latents)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        predicted = self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample
+        snr = alpha / (1 - alpha)
+        weight = snr.clamp(max=5) / snr
+        return (weight * F.mse_loss(predicted, noise, reduction="none")).mean()
+
+
+def main() -> None:
+    """Train with the averaged weights saved as a diffusers folder at the end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--batch", type=int, default=8, help="scenes a step for each process")
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--scenes", type=int, default=24000, help="scenes drawn by each process")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rank, _ = join()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(options.folder / f"tokenizer-{rank}")
+    vae = AutoencoderKL.from_pretrained(options.vae)
+    data = encode_scenes(options.folder / f"scenes-{rank}.pt", vae, tokenizer, 1 + rank, options.scenes)
+    model = Denoiser(tokenizer)
+    empty = tokens_of(tokenizer, [""])[0]
+    alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
+
+    def step_loss(index: int) -> Tensor:
+        picked = torch.randint(0, len(data["latents"]), (options.batch,))
+        tokens = data["tokens"][picked].clone()
+        tokens[torch.rand(options.batch) < 0.1] = empty
+        return model.loss(data["latents"][picked].float(), tokens, alphas)
+
+    started, log, mean = time.monotonic(), options.folder / "log.csv", 0.0
+    for step, loss in train(
+        model,
+        step_loss,
+        steps=options.steps,
+        lr=options.lr,
+        folder=options.folder,
+        schedule=trapezoid,
+        minutes=options.minutes,
+    ):
+        mean += loss / 100
+        if rank == 0 and step % 100 == 0:
+            with log.open("a") as file:
+                file.write(f"{step},{mean:.5f},{time.monotonic() - started:.0f}\n")
+        mean = 0.0 if step % 100 == 0 else mean
+
+
+if __name__ == "__main__":
+    main()
