@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tav_peft.cli import edit, export, info, invert, recipes, tune
+from tav_peft.cli import demo, edit, export, info, invert, recipes, tune
 from tav_peft.cli.console import complain, out
 from tav_peft.errors import TavError
 
@@ -56,6 +56,7 @@ app.command("export")(export.command)
 app.command("invert")(invert.command)
 app.command("info")(info.command)
 app.command("recipes")(recipes.command)
+app.command("demo")(demo.command)
 
 
 def _print_version(wanted: bool) -> None:

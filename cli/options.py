@@ -28,9 +28,20 @@ def open_base(base: str, device: str | None) -> "TuneAVideoPipeline":
     place = _usable(device) if device else _fastest()
     from tav_peft.pipeline import TuneAVideoPipeline
 
+    hush()
     pipe = TuneAVideoPipeline.from_pretrained(base)
     pipe.to(place)
     return pipe
+
+
+def hush() -> None:
+    """Keep the loading bars of diffusers and transformers off stderr; downloads still show theirs."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # it recommends torchvision, which is not needed here
 
 
 def _usable(device: str) -> str:

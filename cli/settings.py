@@ -40,22 +40,22 @@ Keep = Annotated[
 Restart = Annotated[bool, Option("--restart", help="Begin anew where a stopped tuning would go on.")]
 
 
-def settle(recipe: str | None, sets: list[str] | None, **options: Any) -> "Recipe":
+def settle(
+    recipe: str | None, sets: list[str] | None, *, base: str | None, prompt: str | None, **options: Any
+) -> "Recipe":
     """Load the recipe and change it: options win over --set, and --set over the recipe.
 
-    `options` are named as in a recipe, with `__` for the dot (`training__lr`); None is "not given".
+    `options` are named as in a recipe, with `__` for the dot (`training__lr`); None is "not given". The base only
+    helps to choose the recipe: written into it, a folder of this machine would travel with the adapter.
     """
     from tav_peft.recipe import Recipe
 
     given = {name.replace("__", "."): value for name, value in options.items() if value is not None}
-    # a folder or a caption is text, whatever YAML would make of it
-    texts: dict[str, Any] = {name: given.pop(name) for name in ("base", "prompt") if name in given}
-    chosen = Recipe.load(recipe or _default_recipe(texts.get("base"), given.get("adapter.preset")))
-    changes = [*(sets or []), *(f"{name}={value}" for name, value in given.items())]
-    settled = chosen.override(changes).model_copy(update=texts)
+    chosen = Recipe.load(recipe or _default_recipe(base, given.get("adapter.preset")))
+    settled = chosen.override([*(sets or []), *(f"{name}={value}" for name, value in given.items())])
     if "adapter.rank" in given and settled.adapter.preset == "paper":
         raise BadParameter("the preset paper has no LoRA. Add --preset hybrid or lite.", param_hint="--rank")
-    return settled
+    return settled if prompt is None else settled.model_copy(update={"prompt": prompt})
 
 
 def required(value: str | None, option: str) -> str:

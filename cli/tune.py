@@ -37,7 +37,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         clip__start=start, clip__stride=stride, clip__size=size, clip__fit=fit, training__steps=steps,
         training__lr=lr, training__seed=seed,
     )  # fmt: skip
-    on, caption = settings.required(chosen.base, "--base"), settings.required(chosen.prompt, "--prompt")
+    on = settings.required(base or chosen.base, "--base")
+    caption = settings.required(chosen.prompt, "--prompt")
     target, began = output or Path(f"{clip.stem}.safetensors"), perf_counter()
     from tav_peft.clip import Clip
     from tav_peft.trail import Trail
@@ -46,10 +47,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     source, pipe = Clip.read(clip, **chosen.clip.model_dump()), open_base(on, device)
     console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
     with console.tuning_bar() as bar:
-        tune(
-            pipe, source, caption, chosen, output=target, progress=bar,
-            keep_latents=keep_latents, overwrite=overwrite, restart=restart,
-        )  # fmt: skip
+        tune(pipe, source, caption, chosen, output=target, progress=bar,
+             keep_latents=keep_latents, overwrite=overwrite, restart=restart)  # fmt: skip
     details = {
         "adapter": target, "bytes": target.stat().st_size, "loss_plot": Trail(target).plot,
         "trail": Trail(target).folder, "base": on, "recipe": chosen.name, "prompt": caption,

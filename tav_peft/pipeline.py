@@ -69,13 +69,14 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, base: str | Path, **kwargs: Any) -> TuneAVideoPipeline:
         """Load a base: a folder in diffusers layout, a hub id, or the embedded `"pocket"`.
 
-        Keyword arguments are those of `DiffusionPipeline.from_pretrained` (torch_dtype, variant, revision, …).
+        Keyword arguments are those of `DiffusionPipeline.from_pretrained` (dtype, variant, revision, …).
 
         Raises:
             BaseModelError: when there is no such base, or it cannot be inflated.
 
         """
         location = bases.locate(base)
+        kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
         try:
             pipe: TuneAVideoPipeline = super().from_pretrained(location, **kwargs)
         except (OSError, ValueError, ImportError) as error:

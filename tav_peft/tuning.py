@@ -257,6 +257,6 @@ def _provenance(
         ),
         subset=dataclasses.asdict(subset),
         step=0,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.model_copy(update={"base": pipe.base_name}).model_dump(mode="json"),
         versions={name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")},
     )

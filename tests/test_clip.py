@@ -741,7 +741,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     clip = Clip(noise(3, 16, 16), 10)
-    monkeypatch.setattr(av.VideoFrame, "from_ndarray", interrupt)
+    monkeypatch.setattr("tav_peft.video_files._video_frame", interrupt)
     with pytest.raises(KeyboardInterrupt):
         clip.write(tmp_path / "out.mp4")
     monkeypatch.setattr(Image.Image, "save", interrupt)

@@ -174,6 +174,11 @@ def render(scene: Scene) -> Picture:
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
+def cut_out(actor: Actor) -> Picture:
+    """Outline of an actor: how much it covers each pixel, (64, 64) in 0..1."""
+    return np.asarray(_sprite(actor), np.float32)[..., 3] / 255
+
+
 def _shadow(actor: Actor) -> Picture:
     rows, columns = np.mgrid[0:PIXELS, 0:PIXELS].astype(np.float32) + 0.5
     foot = actor.y + actor.size / 2 - 1

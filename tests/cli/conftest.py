@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tav_peft
+from tav_peft.cli import options
 from tav_peft.cli.main import app
 from tav_peft.recipe import Recipe
 
@@ -135,6 +136,7 @@ def library(monkeypatch, tmp_path) -> Library:
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, f"tav_peft.{name}", module)
         monkeypatch.setattr(tav_peft, name, module, raising=False)
+    monkeypatch.setattr(options, "hush", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     return fake

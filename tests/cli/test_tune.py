@@ -47,11 +47,15 @@ def test_each_option_reaches_its_setting(library, tav):
         "--preset lite --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 --lr 1e-4"
     )
     recipe = settled(library, tav, *options.split(), "--seed", "7", "--base", "my: [base]")
-    assert (recipe.adapter.preset, recipe.adapter.rank, recipe.base) == ("lite", 8, "my: [base]")
+    assert (recipe.adapter.preset, recipe.adapter.rank) == ("lite", 8)
     assert (recipe.training.steps, recipe.training.lr, recipe.training.seed) == (9, 1e-4, 7)
     read = {"frames": 6, "start": 2, "stride": 3, "size": (512, 320), "fit": "pad"}
     assert library.clip.reads == [(Path("clip.mp4"), read)]
     assert library.bases == ["my: [base]"]
+
+
+def test_a_folder_given_as_base_does_not_travel_in_the_recipe(library, tav):
+    assert settled(library, tav, "--recipe", "lite", "--base", "/home/me/sd").base == Recipe.load("lite").base
 
 
 def test_a_stride_of_spread_undoes_the_recipes(library, tav):

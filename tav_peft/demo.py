@@ -1,0 +1,131 @@
+"""The whole job on pocket: take a sample clip, tune on it, edit it four ways, and show it on one page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tav_peft.clip import Clip
+from tav_peft.errors import TavError
+from tav_peft.pipeline import Progress, TuneAVideoPipeline
+from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
+from tav_peft.pocket.motion import measure
+from tav_peft.recipe import Recipe
+from tav_peft.report import Shown, write_report
+from tav_peft.trail import Trail
+from tav_peft.tuning import TuningStep, tune
+
+Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One edit of the demo: what changes, and how it is sampled."""
+
+    title: str
+    changes: dict[str, str]
+    guidance_scale: float
+    depth: float
+
+
+# Guidance and depth as benchmarks/pocket_edits.py found them for each kind of edit
+EDITS = {
+    "rabbit-grass": (
+        Edit("another object", {"name": "panda"}, 4.0, 1.0),
+        Edit("another background", {"background": "beach"}, 4.0, 1.0),
+        Edit("another style", {"style": "cartoon"}, 4.0, 1.0),
+        Edit("object and background", {"name": "panda", "background": "snow"}, 7.0, 0.55),
+    ),
+}
+
+
+@contextlib.contextmanager
+def _silent(_: str) -> Any:
+    yield _ignore
+
+
+def _ignore(done: int, total: int) -> None:
+    del done, total
+
+
+def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _silent) -> dict[str, Any]:
+    """Tune on a sample clip, edit it by changing object, background, style, and object with background.
+
+    Writes the adapter, each edit as video and contact sheet, and index.html; returns paths and figures. `stage` opens
+    a progress display for a description.
+
+    Raises:
+        TavError: when the folder holds a demo already, or cannot be written.
+    """
+    if (folder / "index.html").exists():
+        raise TavError(f"{folder} holds a demo already. Choose another folder with -o.")
+    began = time.perf_counter()
+    truth = next(clip for clip in SHIPPED if clip.name == name)
+    recipe = Recipe.load("pocket")
+    clip = Clip.read(sample(name), **recipe.clip.model_dump())
+    pipe = TuneAVideoPipeline.from_pretrained("pocket")
+    adapter_file = folder / f"{name}.safetensors"
+    with stage("tuning") as update:
+
+        def told(step: TuningStep) -> None:
+            update(step.step, step.steps)
+
+        adapter = tune(pipe, clip, truth.caption, recipe, output=adapter_file, overwrite=True, progress=told)
+    pipe.load_adapter(adapter)
+    steps = recipe.editing.num_inference_steps
+    with stage("inverting") as update:
+        inversion = pipe.invert(clip, num_inference_steps=steps, progress=update)
+    shown = [Shown("source", clip, truth.caption)]
+    edits: list[dict[str, Any]] = []
+    for edit in EDITS[name]:
+        ideal = truth.edited(**edit.changes)
+        with stage(edit.title) as update:
+            (result,) = pipe(
+                ideal.caption,
+                inversion=inversion,
+                guidance_scale=edit.guidance_scale,
+                depth=edit.depth,
+                like=clip,
+                progress=update,
+            ).clips
+        edits.append(_kept(folder, edit, ideal, result))
+        said = edits[-1]["motion_error"]
+        note = f"guidance {edit.guidance_scale:g}, depth {edit.depth:g}; {said:.1f} px from the source's path"
+        shown.append(Shown(ideal.caption, result, note))
+    took = time.perf_counter() - began
+    facts = {
+        "base": "pocket, embedded in the package",
+        "adapter": f"{adapter_file.name}, {adapter_file.stat().st_size / 1000:.0f} kB, preset {recipe.adapter.preset}",
+        "tuning": f"{recipe.training.steps} steps at learning rate {recipe.training.lr:g}, seed {recipe.training.seed}",
+        "inversion": f"DDIM, {steps} steps, one for all edits",
+        "time": f"{took:.0f} s",
+    }
+    page = write_report(
+        folder / "index.html",
+        f"“{truth.caption}”, edited by prompt",
+        shown,
+        facts=facts,
+        plot=Trail(adapter_file).plot,
+        command="tav demo -o demo",
+    )
+    return {"report": page, "adapter": adapter_file, "edits": edits, "seconds": round(took, 1)}
+
+
+def _kept(folder: Path, edit: Edit, ideal: PocketClip, result: Clip) -> dict[str, Any]:
+    """Write an edit's video and contact sheet, and measure it against the ideal edit."""
+    stem = edit.title.replace(" ", "-")
+    motion = measure(result, ideal)
+    return {
+        "title": edit.title,
+        "prompt": ideal.caption,
+        "guidance_scale": edit.guidance_scale,
+        "depth": edit.depth,
+        "clip": result.write(folder / f"{stem}.mp4", scale=4),
+        "contact_sheet": result.write(folder / f"{stem}.png", scale=4),
+        "motion_error": round(motion.median, 2),
+        "right_object": motion.right_object,
+    }

@@ -1,0 +1,73 @@
+"""How far an object in a clip of pocket's world is from its known path, and which object it looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tav_peft.clip import Clip
+from tav_peft.pocket.clips import PocketClip
+from tav_peft.pocket.world import OBJECTS, Actor, cut_out, render
+
+REACH = 30  # pixels; how far from the true place the object is looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Motion:
+    """Distances from the path in pixels, frame by frame, and the share of frames that show the asked object."""
+
+    distances: tuple[float, ...]
+    right_object: float
+
+    @property
+    def median(self) -> float:
+        """The middle distance."""
+        return float(np.median(self.distances))
+
+
+def measure(clip: Clip, ideal: PocketClip) -> Motion:
+    """Compare an edited clip with the ideal edit it should be.
+
+    In each frame the ideal's object, as the renderer draws it in the asked style, is shifted to where it fits best
+    (least mean absolute difference within its outline); the shift's length is the distance. The object counts as
+    right if no other object of the world, drawn at that place and size, fits better.
+    """
+    distances, right = [], 0
+    for frame, (x, y) in zip(clip.pixels.astype(np.float32), ideal.path, strict=True):
+        actor = dataclasses.replace(ideal.scene.actors[0], x=x, y=y)
+        dx, dy, best = _best_shift(frame, ideal, actor)
+        distances.append(float(np.hypot(dx, dy)))
+        there = dataclasses.replace(actor, x=x + dx, y=y + dy)
+        others = [n for n in OBJECTS if n != actor.name]
+        right += all(best <= _misfit_at(frame, ideal, dataclasses.replace(there, name=n)) for n in others)
+    return Motion(tuple(distances), right / clip.frames)
+
+
+def _appearance(ideal: PocketClip, actor: Actor) -> tuple[Any, Any]:
+    """Draw the actor alone in its scene: pixels (64, 64, 3) and its outline (64, 64)."""
+    scene = dataclasses.replace(ideal.scene, actors=(actor,))
+    return render(scene).astype(np.float32), cut_out(actor) > 0.5
+
+
+def _misfit_at(frame: Any, ideal: PocketClip, actor: Actor) -> float:
+    drawn, mask = _appearance(ideal, actor)
+    return float(np.abs(frame - drawn)[mask].mean()) if mask.any() else np.inf
+
+
+def _best_shift(frame: Any, ideal: PocketClip, actor: Actor) -> tuple[int, int, float]:
+    drawn, mask = _appearance(ideal, actor)
+    rows, columns = np.nonzero(mask)
+    wanted = drawn[mask]
+    best = (0, 0, np.inf)
+    for dy in range(-REACH, REACH + 1):
+        for dx in range(-REACH, REACH + 1):
+            r, c = rows + dy, columns + dx
+            inside = (r >= 0) & (r < frame.shape[0]) & (c >= 0) & (c < frame.shape[1])
+            if inside.mean() < 0.8:
+                continue
+            misfit = float(np.abs(frame[r[inside], c[inside]] - wanted[inside]).mean())
+            if misfit < best[2]:
+                best = (dx, dy, misfit)
+    return best
