@@ -1,13 +1,7 @@
 """LoRA/PEFT adapters for one-shot video tuning; the public names, imported on first use."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("tav-peft")
-except PackageNotFoundError:  # running from a source tree that was never installed
-    __version__ = "0+unknown"
 
 _HOME = {
     "Adapter": "adapter",
@@ -23,6 +17,8 @@ __all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it costs more than the rest of this file
+        return import_module("importlib.metadata").version("tav-peft")
     if name in _HOME:
         return getattr(import_module(f"tav_peft.{_HOME[name]}"), name)
     raise AttributeError(f"module 'tav_peft' has no attribute {name!r}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from tav_peft.shapes import Tokens
+from tav_peft.shapes import Context, Tokens, TwoFrames
 
 
 class FrameCount:
@@ -22,7 +22,7 @@ class FrameCount:
         self.value = 1
 
 
-def first_and_former(tokens: Tokens, frames: int) -> Tokens:
+def first_and_former(tokens: Tokens, frames: int) -> TwoFrames:
     """For each frame, join the tokens of the clip's first frame and of the frame before it.
 
     Takes (batch·frames, positions, width), frames running fastest, and returns (batch·frames, 2·positions,
@@ -34,7 +34,7 @@ def first_and_former(tokens: Tokens, frames: int) -> Tokens:
     return torch.cat([first, former], dim=2).flatten(0, 1)  # (b f) 2n d
 
 
-def attend(attention: Attention, query: Tokens, key: Tokens, value: Tokens) -> Tokens:
+def attend(attention: Attention, query: Tokens, key: Context, value: Context) -> Tokens:
     """Compute multi-head softmax attention with the heads and the scale of `attention`.
 
     With `upcast_attention` scores and softmax are taken in float32, as SD 2.x asks.

@@ -163,7 +163,7 @@ def _add_temporal(block: BasicTransformerBlock) -> None:
     block.attn_temp = Attention(width, heads=heads, dim_head=width // heads, bias=False)
 
 
-def _refuse_unfit(unet: UNet2DConditionModel) -> None:
+def _refuse_unfit(unet: nn.Module) -> None:
     if not isinstance(unet, UNet2DConditionModel):
         raise BaseModelError(
             f"Only a UNet2DConditionModel can be inflated, this is a {type(unet).__name__}. Use a Stable Diffusion base."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet, inflate
 from tav_peft.inversion import Inversion, invert
 from tav_peft.shapes import Latents, TextStates
+
+_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -64,6 +67,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             scheduler=_ddim(scheduler),
         )
         self._attachments = Attachments(self.unet)
+        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(cls, base: str | Path, **kwargs: Any) -> TuneAVideoPipeline:
@@ -107,6 +111,13 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if not isinstance(adapter, Adapter):
             adapter = formats.read(adapter)
+        if self._fingerprint is None:  # taken before any adapter changes the weights
+            self._fingerprint = bases.fingerprint(self.unet)
+        tuned_on = adapter.provenance.base
+        if tuned_on.fingerprint != self._fingerprint:
+            _LOG.warning(
+                "The adapter was tuned on another base (%s); it is stacked onto %s.", tuned_on.name, self.base_name
+            )
         self._attachments.attach(adapter_name, adapter, strength)
         return adapter
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
+from tav_peft.whole import whole
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777; }
@@ -66,15 +67,8 @@ def write_report(
         f'<h1>{html.escape(title)}</h1><div class="clips">{figures}</div>'
         f"<h2>How</h2><table>{rows}</table>{picture}{again}</html>\n"
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ClipError(f"Cannot write {path}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, ClipError) as part:
+        part.write_text(page, encoding="utf-8")
     return path
 
 

@@ -6,6 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents: TypeAlias = Float[Tensor, "batch channels frames height width"]
-Tokens: TypeAlias = Float[Tensor, "folded positions width"]  # folded is batch·frames, frames running fastest
-TextStates: TypeAlias = Float[Tensor, "batch tokens width"]
+Tokens: TypeAlias = Float[
+    Tensor, "folded positions features"
+]  # folded is batch·frames, frames running fastest
+Context: TypeAlias = Float[Tensor, "folded context features"]  # the tokens that are attended to
+TwoFrames: TypeAlias = Float[
+    Tensor, "folded 2*positions features"
+]  # tokens of two frames, one after the other
+TextStates: TypeAlias = Float[Tensor, "batch tokens text_features"]
 Pixels: TypeAlias = Float[Tensor, "batch 3 frames height width"]  # in [-1, 1]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
+from tav_peft.whole import whole
 
 _DTYPES = {
     torch.float64: "F64",
@@ -49,29 +48,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file under a temporary name, flush it to the disk, then put it in place.
+    """Write a safetensors file whole or not at all.
 
     The same tensors and metadata give the same bytes (the safetensors library writes metadata in random order).
     """
     path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            for chunk in _chunks(tensors, metadata):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AdapterError(
-            f"Cannot write {path}: {error.strerror}. Free some space or choose another place."
-        ) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    with whole(path, AdapterError) as part, part.open("wb") as file:
+        for chunk in _chunks(tensors, metadata):
+            file.write(chunk)
     return path
 
 

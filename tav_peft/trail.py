@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tav_peft.errors import TuningError
 from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.whole import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,5 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    with whole(path, TuningError) as part:
+        figure.savefig(part, format="png", dpi=130)

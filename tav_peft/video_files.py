@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tav_peft.errors import ClipError
+from tav_peft.whole import whole
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _GIF_FPS = 50  # browsers slow down gifs that are faster
@@ -106,48 +104,12 @@ def _is_frame(path: Path) -> bool:
     return re.fullmatch(r"[0-9]{4,}\.png", path.name) is not None
 
 
-# whole or not at all ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Give a name beside the path to write to; move it over the path at the end, or remove it on failure."""
     import av
 
-    part = path.with_name(f".{uuid4().hex[:12]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, ClipError, failures=(OSError, av.FFmpegError)) as part:
         yield part
-        _move(part, path)
-    except (OSError, av.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ClipError(
-            f"{path} cannot be written: {reason}. Nothing was changed; choose another place."
-        ) from error
-    finally:
-        _remove(part)
-
-
-def _move(part: Path, path: Path) -> None:
-    if not (part.is_dir() and path.is_dir()):
-        os.replace(part, path)
-        return
-    aside = part.with_suffix(".old")  # a folder cannot replace a folder that has files in it
-    os.replace(path, aside)
-    try:
-        os.replace(part, path)
-    except OSError:
-        os.replace(aside, path)
-        raise
-    _remove(aside)
-
-
-def _remove(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            part.unlink()
 
 
 # pictures -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -48,29 +48,43 @@ SCHEDULER = {
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
+def make_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Choose byte-pair merges, in order of priority, that make each word one token.
+
+    A word's first pair is merged until one piece is left; as later merges have lower priority, they leave the words
+    before them whole. The same words give the same merges, which tokenizers' own trainer does not promise.
+    """
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        while len(pieces := split(word, merges)) > 1:
+            merges.append((pieces[0], pieces[1]))
+    return merges
+
+
+def split(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """Split a word as CLIP's tokenizer does: the merge of highest priority first, wherever it occurs."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    for left, right in merges:
+        joined: list[str] = []
+        for piece in pieces:
+            if joined and joined[-1] == left and piece == right:
+                joined[-1] = left + right
+            else:
+                joined.append(piece)
+        pieces = joined
+    return pieces
+
+
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train a byte-level BPE in CLIP's layout in which every word of the world is one token."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    """Build a byte-level BPE in CLIP's layout in which every word of the world is one token."""
     text = " ".join([*OBJECTS, *BACKGROUNDS.values(), *STYLES.values(), "a an and is are moving with"])
-    bpe.train_from_iterator([text.replace(",", " ")], trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    merges = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    words = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
-    words = list(dict.fromkeys([*words, START, END]))
+    known = list(dict.fromkeys(text.replace(",", " ").split()))
+    merges = make_merges(known)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False))
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
@@ -81,8 +95,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         unk_token=END,
         pad_token=END,
     )
-    for word in text.replace(",", " ").split():
-        assert len(tokenizer(word).input_ids) == 3, word
+    assert all(len(tokenizer(word).input_ids) == 3 for word in known)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

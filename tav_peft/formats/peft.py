@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tav_peft.adapter import Adapter, check_tensors, parse_provenance, split_nam
 from tav_peft.errors import AdapterError
 from tav_peft.presets import json_config
 from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.whole import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -35,10 +35,8 @@ def write(adapter: Adapter, path: Path) -> Path:
     own = json.dumps(adapter.peft_config, sort_keys=True)
     header = {"format": "pt", "tav_peft": provenance, "peft_config": own}
     write_tensors(path / WEIGHTS, {_PREFIX + name: tensor for name, tensor in tensors.items()}, header)
-    with tempfile.NamedTemporaryFile("w", dir=path, delete=False, suffix=".tmp") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path / CONFIG)
+    with whole(path / CONFIG, AdapterError) as part:
+        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
 
 

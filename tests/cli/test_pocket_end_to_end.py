@@ -1,0 +1,98 @@
+"""The commands for real, on the embedded base: a clip in, an adapter and its edits out, in few steps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tav_peft.clip import Clip
+from tav_peft.pocket.clips import sample
+
+
+def tav(*arguments, cwd, code=0):
+    command = [sys.executable, "-P", "-c", "from tav_peft.cli.main import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    (folder / "rabbit.mp4").write_bytes(sample("rabbit-grass").read_bytes())
+    done = tav(
+        "tune", "rabbit.mp4", "--prompt", "a rabbit is moving on the grass", "--base", "pocket",
+        "--preset", "lite", "--steps", "3", "--json", "--keep-latents", cwd=folder,
+    )  # fmt: skip
+    return folder, json.loads(done.stdout)
+
+
+def test_tune_writes_an_adapter_a_loss_plot_and_says_so(tuned):
+    folder, said = tuned
+    assert (folder / said["adapter"]).stat().st_size == said["bytes"]
+    assert (folder / said["loss_plot"]).exists()
+    assert said["steps"] == 3
+
+
+def test_edit_finds_the_clip_by_itself_and_writes_each_prompt(tuned):
+    folder, said = tuned
+    done = tav(
+        "edit", said["adapter"], "--prompt", "a panda is moving on the grass", "--prompt", "a car is moving on the road",
+        "--steps", "2", "-o", "edits", "--json", cwd=folder,
+    )  # fmt: skip
+    edits = json.loads(done.stdout)["edits"]
+    assert len(edits) == 2
+    for edit in edits:
+        clip = Clip.read(folder / edit["clip"])
+        assert (clip.frames, clip.height, clip.width, clip.fps) == (8, 256, 256, 8.0)
+
+
+def test_an_adapter_with_latents_edits_without_the_clip(tuned, tmp_path):
+    folder, said = tuned
+    (tmp_path / "alone.safetensors").write_bytes((folder / said["adapter"]).read_bytes())
+    tav("edit", "alone.safetensors", "--prompt", "a fox is moving on the grass", "--steps", "2", cwd=tmp_path)
+    assert len(list((tmp_path / "alone-edits").iterdir())) == 2
+
+
+def test_info_and_export_read_what_tune_wrote(tuned):
+    folder, said = tuned
+    told = json.loads(tav("info", said["adapter"], "--json", cwd=folder).stdout)
+    assert "pocket" in json.dumps(told)
+    tav("export", said["adapter"], "--to", "peft", "-o", "as-peft", cwd=folder)
+    assert (folder / "as-peft" / "adapter_config.json").exists()
+
+
+def test_invert_writes_a_trajectory(tuned):
+    folder, said = tuned
+    tav(
+        "invert",
+        "rabbit.mp4",
+        "--adapter",
+        said["adapter"],
+        "--steps",
+        "2",
+        "-o",
+        "inv.safetensors",
+        cwd=folder,
+    )
+    assert (folder / "inv.safetensors").stat().st_size > 8 * 4 * 16 * 16 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("edit", "missing.safetensors", "--prompt", "x"), "does not exist"),
+        (("edit", "rabbit.mp4", "--prompt", "x"), "not a whole safetensors file"),
+        (("tune", "missing.mp4", "--prompt", "x", "--base", "pocket"), "missing.mp4"),
+        (("tune", "rabbit.mp4", "--prompt", "x", "--base", "nowhere"), "No base at nowhere"),
+        (("tune", "rabbit.mp4", "--prompt", "a " * 60, "--base", "pocket"), "tokens"),
+        (("tune", "rabbit.mp4", "--prompt", "x", "--base", "pocket", "--frames", "900"), "frames"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_1(tuned, arguments, said):
+    folder, _ = tuned
+    done = tav(*arguments, cwd=folder, code=1)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

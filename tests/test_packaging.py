@@ -1,0 +1,60 @@
+"""The package holds what it must, and nothing of it is forgotten in the wheel."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the tests' own dependency there
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_package_list_is_the_tree():
+    listed = set(SETTINGS["tool"]["setuptools"]["packages"])
+    inside = {
+        ".".join(folder.relative_to(ROOT).parts)
+        for folder in (ROOT / "tav_peft").rglob("*")
+        if folder.is_dir() and any(folder.glob("*.py"))
+    }
+    assert len(inside) > 1
+    assert listed == inside | {"tav_peft", "tav_peft.cli", "tav_peft.recipes"}
+
+
+def test_pocket_is_at_most_16_mb():
+    files = [file for file in (ROOT / "tav_peft" / "pocket").rglob("*") if file.is_file()]
+    assert len(files) > 10
+    assert sum(file.stat().st_size for file in files if "__pycache__" not in file.parts) <= 16_000_000
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_every_source_model_recipe_and_sample(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = [
+        *(ROOT / "tav_peft").rglob("*.py"),
+        *(f for f in (ROOT / "tav_peft" / "pocket").rglob("*") if f.is_file()),
+    ]
+    wanted = {str(file.relative_to(ROOT)) for file in tracked if "__pycache__" not in file.parts}
+    wanted |= {f"tav_peft/cli/{file.name}" for file in (ROOT / "cli").glob("*.py")}
+    wanted |= {f"tav_peft/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")}
+    assert len(wanted) > 50
+    assert wanted <= names
+
+
+def test_the_wheel_puts_no_other_name_into_site_packages(wheel):
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tav_peft"}
