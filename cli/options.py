@@ -23,13 +23,18 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already 
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 
 
-def open_base(base: str, device: str | None) -> "TuneAVideoPipeline":
-    """Load a base onto the device asked for, or the fastest there is."""
+def open_base(base: str, device: str | None, precision: str | None = None) -> "TuneAVideoPipeline":
+    """Load a base onto the device asked for, or the fastest there is.
+
+    Its weights are in `precision`; where that is not given, in fp16 on CUDA and in fp32 elsewhere.
+    """
     place = _usable(device) if device else _fastest()
     from tav_peft.pipeline import TuneAVideoPipeline
+    from tav_peft.tuning import DTYPES
 
     hush()
-    pipe = TuneAVideoPipeline.from_pretrained(base)
+    chosen = precision or ("fp16" if place.startswith("cuda") else "fp32")
+    pipe = TuneAVideoPipeline.from_pretrained(base, dtype=DTYPES[chosen])
     pipe.to(place)
     return pipe
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pydantic
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
@@ -163,7 +164,7 @@ class Adapter:
         provenance = parse_provenance(metadata["tav_peft"], path.name)
         return cls(
             check_tensors(tensors, path.name),
-            _json(metadata.get("peft_config", "null"), path.name),
+            parse_config(metadata.get("peft_config", "null"), provenance, path.name),
             provenance,
         )
 
@@ -223,6 +224,24 @@ def parse_provenance(text: str, file: str) -> Provenance:
             f"{file}: its header is not that of a tav-peft adapter: {_first_line(error)}"
         ) from None
     return provenance
+
+
+def parse_config(text: str, provenance: Provenance, file: str) -> dict[str, Any] | None:
+    """Parse the PEFT config of a file: one that PEFT takes where a part is a LoRA, none where all are dense."""
+    given = _json(text, file)
+    if given is None and not provenance.checked_subset().lora_parts:
+        return None
+    try:
+        config = LoraConfig(**given)
+        if not provenance.checked_subset().lora_parts or config.peft_type != given["peft_type"]:
+            raise ValueError(f"peft_type {given['peft_type']} for the preset {provenance.subset['preset']}")
+        if not config.r >= 1 or not config.lora_alpha > 0:
+            raise ValueError(f"rank {config.r}, alpha {config.lora_alpha}")
+    except Exception as error:
+        raise AdapterError(
+            f"{file}: its PEFT config does not fit ({_first_line(error)}). It needs another PEFT, or is damaged."
+        ) from None
+    return dict(given)
 
 
 def _first_line(error: Exception) -> str:

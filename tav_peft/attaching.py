@@ -35,7 +35,7 @@ class Attachments:
     """The adapters on one UNet.
 
     Every module follows one law, W = W0 + Σ strength · ΔW, so strength 0 is exactly the base. LoRAs are PEFT layers;
-    a dense update is written into the weight, whose first value is kept and put back bit for bit.
+    a dense update takes the weight's place, whose first value is kept and put back bit for bit.
     """
 
     def __init__(self, unet: InflatedUNet) -> None:
@@ -113,11 +113,16 @@ class Attachments:
                 )
         for name in [*self._originals]:
             if name not in wanted:
-                _parameter(self.unet, name).copy_(self._originals.pop(name))
+                _replace(_parameter(self.unet, name), self._originals.pop(name))
         for name, terms in wanted.items():
             parameter = _parameter(self.unet, name)
-            original = self._originals.setdefault(name, parameter.detach().clone())
-            parameter.copy_(_composite(name, original, terms))
+            original = self._originals.setdefault(name, parameter.data)
+            _replace(parameter, _composite(name, original, terms))
+
+
+def _replace(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter other data; never in place, since an inflated UNet shares its weights with the 2-D one."""
+    parameter.data = value.to(parameter.device, parameter.dtype)
 
 
 def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor, _Slot]]) -> Tensor:

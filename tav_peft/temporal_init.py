@@ -18,7 +18,7 @@ def uniform(name: str, shape: tuple[int, int], seed: int) -> Tensor:
     """Draw a float32 weight (out, in) from U(-1/√in, 1/√in), nn.Linear's own range.
 
     The stream is Philox 4x64-10 (Salmon et al. 2011) keyed by SHA-256 of seed and parameter name, read from
-    counter 0: 24 bits a number, so no platform's floating point can change it.
+    counter 1 (numpy counts before it draws): 24 bits a number, so no platform's floating point can change it.
     """
     digest = hashlib.sha256(f"{NAME}:{seed}:{name}".encode()).digest()
     philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))

@@ -32,7 +32,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"{path} is a folder; a safetensors file was expected.")
     with path.open("rb") as file:
         head = file.read(10)
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+    # a safetensors header may be as long as those two bytes say; its JSON begins right after the length
+    looks_pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{"
+    if looks_pickled or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise AdapterError(
             f"{path.name} is a pickle, which can run code when opened. Only safetensors files are read."
         )

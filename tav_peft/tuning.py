@@ -207,9 +207,11 @@ def _prepare(trail: Trail | None, *, overwrite: bool, restart: bool) -> None:
 def _accelerator(pipe: TuneAVideoPipeline, precision: str) -> Iterator[Accelerator]:
     """Give an Accelerator for this precision; its settings are global, so they are reset before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    mixed = "no" if precision == "fp32" else precision
+    on_cpu = pipe.device.type == "cpu"
+    if precision == "fp16" and on_cpu:
+        raise TuningError("training.precision fp16 needs a GPU, this pipeline is on the CPU. Use fp32 or bf16.")
     try:
-        yield Accelerator(mixed_precision=mixed, cpu=pipe.device.type == "cpu")
+        yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

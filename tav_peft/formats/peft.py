@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tav_peft.adapter import Adapter, check_tensors, parse_provenance, split_name
+from tav_peft.adapter import Adapter, check_tensors, parse_config, parse_provenance, split_name
 from tav_peft.errors import AdapterError
 from tav_peft.presets import json_config
 from tav_peft.tensor_file import read_tensors, write_tensors
@@ -59,7 +59,7 @@ def read(path: Path) -> Adapter:
         )
     provenance = parse_provenance(metadata["tav_peft"], str(path))
     plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    own = json.loads(metadata.get("peft_config", "null"))
+    own = parse_config(metadata.get("peft_config", "null"), provenance, str(path))
     if own is None:  # a dense adapter, written as LoRAs of full rank
         plain = _as_dense(plain)
     return Adapter(check_tensors(plain, str(path)), own, provenance)

@@ -1,0 +1,61 @@
+"""Imports go down only, from verbs to the model to its parts to maths and data to the ground."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "tav_peft"
+# from the top; a module may import what stands below it, and what stands before it in its own line
+LAYERS = (
+    ("demo",),
+    ("tuning", "report"),
+    ("pipeline",),
+    ("formats", "trainable", "trail", "sources"),
+    ("attaching",),
+    ("pocket.motion",),
+    ("pocket.clips",),
+    ("inflation", "inversion", "adapter"),
+    ("attention", "temporal_init", "presets", "tensor_file", "clip"),
+    ("footage", "video_files", "recipe", "base", "pocket.world"),
+    ("whole", "shapes"),
+    ("errors", "pocket"),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def layer_of(module):
+    """The listed name that a dotted module path belongs to: `formats.peft` to `formats`."""
+    return module if module in RANK else module.split(".")[0]
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tav_peft":
+            inner = node.module.removeprefix("tav_peft").lstrip(".")
+            yield from [inner] if inner else [alias.name for alias in node.names]
+
+
+def modules():
+    for file in PACKAGE.rglob("*.py"):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, file
+
+
+def test_every_module_has_a_layer_and_every_layer_a_module():
+    found = {layer_of(name) for name, _ in modules()}
+    assert len(found) > 20
+    assert found == set(RANK)
+
+
+def test_no_module_imports_upwards_or_sideways():
+    wrong = []
+    for name, file in modules():
+        for target in imports_of(file):
+            own, other = layer_of(name), layer_of(target)
+            if own != other and RANK[other] <= RANK[own]:
+                wrong.append(f"{name} -> {target}")
+    assert wrong == []
+
+
+def test_the_library_knows_nothing_of_its_commands():
+    assert [name for name, file in modules() for target in imports_of(file) if layer_of(target) == "cli"] == []

@@ -1,0 +1,196 @@
+"""The pipeline: bases it takes and refuses, inversion, and edits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+
+from tav_peft.errors import AdapterError, BaseModelError, TavError
+from tav_peft.inflation import InflatedUNet
+from tav_peft.pipeline import TuneAVideoPipeline
+
+
+@pytest.fixture
+def inversion(pipe, clip):
+    return pipe.invert(clip, num_inference_steps=4)
+
+
+def test_the_unet_is_called_as_an_inflated_one(pipe, noise):
+    assert isinstance(pipe.unet, InflatedUNet)
+    assert pipe.unet(noise(1, 4, 2, 8, 8), 10, noise(1, 24, 32)).sample.shape == (1, 4, 2, 8, 8)
+
+
+def test_several_prompts_share_one_inversion_and_each_is_as_it_would_be_alone(pipe, inversion):
+    both = pipe(["a man", "a man is skiing"], inversion=inversion, guidance_scale=3)
+    for row, prompt in enumerate(["a man", "a man is skiing"]):
+        alone = pipe(prompt, inversion=inversion, guidance_scale=3)
+        assert torch.equal(both.latents[row], alone.latents[0])
+    assert not torch.equal(both.latents[0], both.latents[1])
+
+
+def test_edits_keep_size_length_and_frame_rate(pipe, inversion, clip):
+    (edit,) = pipe("a man", inversion=inversion).clips
+    assert (edit.frames, edit.height, edit.width, edit.fps) == (3, 32, 32, clip.fps)
+
+
+def test_less_depth_takes_fewer_steps_and_stays_nearer_to_the_clip(pipe, inversion):
+    told = []
+    near = pipe("a man", inversion=inversion, depth=0.25, progress=lambda done, total: told.append((done, total)))
+    far = pipe("a man", inversion=inversion, depth=1.0)
+    assert told == [(1, 1)]
+    distance = [(out.latents - inversion.clean).abs().mean() for out in (near, far)]
+    assert distance[0] < distance[1]
+
+
+def test_guidance_is_the_weighted_difference_of_both_predictions(pipe, inversion):
+    pipe.scheduler.set_timesteps(4)
+    start, t = inversion.trajectory[-1:], pipe.scheduler.timesteps[0]
+    states = pipe.encode_prompts(["", "a man"])
+    with torch.no_grad():
+        without, with_text = (pipe.unet(start, t, s[None]).sample for s in states)
+    expected = pipe.scheduler.step(without + 5 * (with_text - without), t, start).prev_sample
+    seen = []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *a, **k: seen.append(step(*a, **k)) or seen[-1]
+    pipe("a man", inversion=inversion, guidance_scale=5)
+    assert torch.allclose(seen[0].prev_sample, expected, atol=1e-4)
+
+
+def test_guidance_1_is_the_prompt_alone(pipe, inversion):
+    calls = []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, *a, **k: calls.append(len(x)) or forward(x, *a, **k)
+    pipe("a man", inversion=inversion, guidance_scale=1)
+    assert calls == [1] * 4
+
+
+def test_a_negative_prompt_changes_the_edit(pipe, inversion):
+    plain, other = (pipe("a man", inversion=inversion, negative_prompt=n).latents for n in ("", "skiing"))
+    assert not torch.equal(plain, other)
+
+
+def test_edits_start_from_given_noise_too(pipe, noise):
+    out = pipe("a man", latents=noise(1, 4, 2, 8, 8), num_inference_steps=2)
+    assert out.clips[0].frames == 2
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+def test_other_schedulers_of_diffusers_sample_as_well(pipe, inversion, kind):
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    out = pipe("a man", inversion=inversion, guidance_scale=2)
+    assert torch.isfinite(out.latents).all()
+
+
+@pytest.mark.parametrize("which", ["pipe", "v_pipe"])
+def test_a_fine_inversion_is_undone_by_sampling_without_guidance(which, request, clip):
+    pipe = request.getfixturevalue(which)
+    inversion = pipe.invert(clip, num_inference_steps=200, depth=0.2)
+    back = pipe("", inversion=inversion, guidance_scale=1, depth=0.2).latents
+    moved = (inversion.trajectory[-1] - inversion.clean).abs().mean()
+    assert (back - inversion.clean).abs().mean() < 0.05 * moved
+
+
+def test_latents_are_inverted_as_the_clip_they_came_from(pipe, clip):
+    latents = pipe.encode_clip(clip)
+    a, b = (pipe.invert(x, num_inference_steps=2).trajectory for x in (clip, latents))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda p, i: p("a " * 30, inversion=i), "has 32 tokens, this base reads 24"),
+        (lambda p, i: p("a", inversion=i, num_inference_steps=7), "has 4 steps, 7 were asked for"),
+        (lambda p, i: p("a", inversion=i, depth=0.0), "more than 0 and at most 1"),
+        (lambda p, i: p("a", inversion=i, depth=1.5), "more than 0 and at most 1"),
+        (lambda p, _: p("a"), "either an inversion"),
+        (lambda p, i: p.invert(i.clean[0]), r"Latents of shape \(4, 3, 8, 8\)"),
+        (lambda p, i: p.invert(i.clean, num_inference_steps=0), "0 steps"),
+    ],
+)
+def test_impossible_calls_say_what_is_allowed(pipe, inversion, call, said):
+    with pytest.raises(TavError, match=said):
+        call(pipe, inversion)
+
+
+def test_a_shallow_inversion_does_not_serve_a_deep_edit(pipe, clip):
+    shallow = pipe.invert(clip, num_inference_steps=4, depth=0.5)
+    with pytest.raises(TavError, match=r"goes to depth 0\.5, 1 was asked for"):
+        pipe("a", inversion=shallow)
+
+
+def test_a_clip_whose_size_the_base_cannot_take_is_refused(pipe, clip):
+    odd = type(clip)(clip.pixels[:, :30], clip.fps)
+    with pytest.raises(TavError, match="multiples of 4"):
+        pipe.encode_clip(odd)
+
+
+# -- adapters on the pipeline ------------------------------------------------------------------------------
+
+
+def test_an_adapter_comes_from_a_file_a_folder_or_a_value(pipe, make_adapter, tmp_path, inversion):
+    from tav_peft.formats import peft
+
+    adapter = make_adapter("hybrid")
+    places = [adapter, adapter.save(tmp_path / "a.safetensors"), peft.write(adapter, tmp_path / "folder")]
+    results = []
+    for place in places:
+        pipe.load_adapter(place)
+        results.append(pipe("a man", inversion=inversion).latents)
+        pipe.unload_adapter()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_strengths_are_set_by_name_and_the_others_go_off(pipe, make_adapter, inversion):
+    plain = pipe("a man", inversion=inversion).latents
+    pipe.load_adapter(make_adapter(seed=1), adapter_name="one")
+    one = pipe("a man", inversion=inversion).latents
+    pipe.load_adapter(make_adapter(seed=2), adapter_name="two")
+    pipe.set_adapters("one")
+    assert torch.equal(pipe("a man", inversion=inversion).latents, one)
+    pipe.set_adapters(["one", "two"], [0.0, 0.0])
+    assert torch.equal(pipe("a man", inversion=inversion).latents, plain)
+    assert pipe.adapters == ["one", "two"]
+    with pytest.raises(TavError, match="2 adapters and 1 strengths"):
+        pipe.set_adapters(["one", "two"], [1.0])
+    with pytest.raises(AdapterError, match=r"No adapter named 'six' is loaded\. Loaded: one, two"):
+        pipe.unload_adapter("six")
+
+
+def test_stacking_on_another_base_is_allowed_and_said(pipe, make_adapter, caplog):
+    pipe.load_adapter(make_adapter())  # its recorded fingerprint is made up
+    assert "was tuned on another base (tiny)" in caplog.text
+
+
+# -- bases -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_base_is_refused_with_what_is_allowed(tmp_path):
+    (tmp_path / "file.safetensors").write_bytes(b"x")
+    for given, said in [
+        (tmp_path / "missing", "No base at"),
+        (tmp_path, r"without model_index\.json"),
+        (tmp_path / "file.safetensors", "single file"),
+    ]:
+        with pytest.raises(BaseModelError, match=said):
+            TuneAVideoPipeline.from_pretrained(given)
+
+
+def test_a_base_with_a_part_missing_is_refused(base, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    shutil.rmtree(broken / "vae")
+    with pytest.raises(BaseModelError, match="cannot be loaded as a base"):
+        TuneAVideoPipeline.from_pretrained(broken)
+
+
+def test_an_inpainting_base_is_refused(base, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    inpainting = shutil.copytree(base, tmp_path / "inpainting")
+    config = json.loads((inpainting / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(inpainting / "unet")
+    with pytest.raises(BaseModelError, match="The UNet takes 9 channels, the VAE makes 4"):
+        TuneAVideoPipeline.from_pretrained(inpainting)
