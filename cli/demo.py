@@ -25,4 +25,4 @@ def command(
             console.out.print(
                 f"{edit['motion_error']:5.1f} px from the path   {edit['prompt']}", soft_wrap=True
             )
-    console.report([made["report"]], made, as_json)
+    console.report([made["sheet"], made["report"]], made, as_json)

@@ -44,7 +44,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.trail import Trail
     from tav_peft.tuning import tune
 
-    source, pipe = Clip.read(clip, **chosen.clip.model_dump()), open_base(on, device, chosen.training.precision)
+    source, pipe = (
+        Clip.read(clip, **chosen.clip.model_dump()),
+        open_base(on, device, chosen.training.precision),
+    )
     console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
     with console.tuning_bar() as bar:
         tune(pipe, source, caption, chosen, output=target, progress=bar,

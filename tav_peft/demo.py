@@ -15,7 +15,7 @@ from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
-from tav_peft.report import Shown, write_report
+from tav_peft.report import Shown, write_report, write_sheet
 from tav_peft.trail import Trail
 from tav_peft.tuning import TuningStep, tune
 
@@ -55,8 +55,8 @@ def _ignore(done: int, total: int) -> None:
 def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _silent) -> dict[str, Any]:
     """Tune on a sample clip, edit it by changing object, background, style, and object with background.
 
-    Writes the adapter, each edit as video and contact sheet, and index.html; returns paths and figures. `stage` opens
-    a progress display for a description.
+    Writes the adapter, each edit as video and contact sheet, sheet.png with all of them, and index.html; returns
+    paths and figures. `stage` opens a progress display for a description.
 
     Raises:
         TavError: when the folder holds a demo already, or cannot be written.
@@ -79,7 +79,7 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
     steps = recipe.editing.num_inference_steps
     with stage("inverting") as update:
         inversion = pipe.invert(clip, num_inference_steps=steps, progress=update)
-    shown = [Shown("source", clip, truth.caption)]
+    shown = [Shown(f"the clip: {truth.caption}", clip)]
     edits: list[dict[str, Any]] = []
     for edit in EDITS[name]:
         ideal = truth.edited(**edit.changes)
@@ -112,7 +112,14 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
         plot=Trail(adapter_file).plot,
         command="tav demo -o demo",
     )
-    return {"report": page, "adapter": adapter_file, "edits": edits, "seconds": round(took, 1)}
+    sheet = write_sheet(folder / "sheet.png", shown, scale=2)
+    return {
+        "report": page,
+        "sheet": sheet,
+        "adapter": adapter_file,
+        "edits": edits,
+        "seconds": round(took, 1),
+    }
 
 
 def _kept(folder: Path, edit: Edit, ideal: PocketClip, result: Clip) -> dict[str, Any]:

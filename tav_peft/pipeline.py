@@ -116,7 +116,9 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         tuned_on = adapter.provenance.base
         if tuned_on.fingerprint != self._fingerprint:
             _LOG.warning(
-                "The adapter was tuned on another base (%s); it is stacked onto %s.", tuned_on.name, self.base_name
+                "The adapter was tuned on another base (%s); it is stacked onto %s.",
+                tuned_on.name,
+                self.base_name,
             )
         self._attachments.attach(adapter_name, adapter, strength)
         return adapter

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that plays clips side by side; it works from a file, on a phone, in light and dark."""
+"""Clips side by side: one self-contained HTML page that plays them, or one picture of all their frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
@@ -69,6 +69,29 @@ def write_report(
     )
     with whole(path, ClipError) as part:
         part.write_text(page, encoding="utf-8")
+    return path
+
+
+def write_sheet(path: Path, shown: Sequence[Shown], *, scale: int = 1) -> Path:
+    """Write one picture with a row for each clip: its title, and its frames from left to right.
+
+    Raises:
+        ClipError: when the disk refuses.
+    """
+    gap, line = 6, 24
+    height, width = (scale * side for side in shown[0].clip.pixels.shape[1:3])
+    columns = max(item.clip.frames for item in shown)
+    size = (gap + columns * (width + gap), len(shown) * (height + line + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for row, item in enumerate(shown):
+        top = gap + row * (height + line + gap)
+        draw.text((gap, top + 2), item.title, fill="#222222", font=font)
+        for column, frame in enumerate(item.clip.pixels):
+            enlarged = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + column * (width + gap), top + line))
+    with whole(path, ClipError) as part:
+        sheet.save(part, format="PNG", optimize=True)
     return path
 
 

@@ -209,7 +209,9 @@ def _accelerator(pipe: TuneAVideoPipeline, precision: str) -> Iterator[Accelerat
     AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = pipe.device.type == "cpu"
     if precision == "fp16" and on_cpu:
-        raise TuningError("training.precision fp16 needs a GPU, this pipeline is on the CPU. Use fp32 or bf16.")
+        raise TuningError(
+            "training.precision fp16 needs a GPU, this pipeline is on the CPU. Use fp32 or bf16."
+        )
     try:
         yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
     finally:

@@ -12,7 +12,15 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         f"tav_peft.{module}"
-        for module in ("attention", "inflation", "inversion", "pipeline", "temporal_init", "trainable", "tuning")
+        for module in (
+            "attention",
+            "inflation",
+            "inversion",
+            "pipeline",
+            "temporal_init",
+            "trainable",
+            "tuning",
+        )
     ],
     "beartype.beartype",
 )

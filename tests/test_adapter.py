@@ -186,7 +186,9 @@ def test_another_dtype_is_refused(dtype, file):
     name = f"{MODULE}.attn_temp.to_q.weight"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, file, metadata)
-    with pytest.raises(AdapterError, match=f"{name} has dtype {dtype}, allowed are float32, float16 and bfloat16"):
+    with pytest.raises(
+        AdapterError, match=f"{name} has dtype {dtype}, allowed are float32, float16 and bfloat16"
+    ):
         Adapter.load(file)
 
 
@@ -197,7 +199,9 @@ def test_a_file_without_tensors_is_refused(changed):
 
 def test_a_newer_format_is_refused_by_its_number(file, changed):
     path = changed(tav_peft=edit_header(file, format_version=2))
-    with pytest.raises(AdapterError, match=r"has format version 2, this tav-peft reads up to 1\. Update tav-peft"):
+    with pytest.raises(
+        AdapterError, match=r"has format version 2, this tav-peft reads up to 1\. Update tav-peft"
+    ):
         Adapter.load(path)
 
 

@@ -61,7 +61,9 @@ def test_st_attn_attends_from_each_frame_to_the_first_and_the_former(attention):
 def test_st_attn_of_one_frame_is_plain_self_attention(attention):
     tokens = noise(BATCH, POSITIONS, WIDTH)
     plain = attention(tokens)
-    torch.testing.assert_close(with_frames(attention, SparseCausalAttention, 1)(tokens), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        with_frames(attention, SparseCausalAttention, 1)(tokens), plain, rtol=0, atol=1e-12
+    )
 
 
 def test_a_frame_after_the_first_never_sees_itself(attention):
@@ -89,7 +91,9 @@ def test_scores_are_taken_in_float32_where_the_base_asks(upcast, expected, monke
 
     plain = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    hot = in_double(Attention(WIDTH, heads=HEADS, dim_head=WIDTH // HEADS, upcast_attention=upcast)).bfloat16()
+    hot = in_double(
+        Attention(WIDTH, heads=HEADS, dim_head=WIDTH // HEADS, upcast_attention=upcast)
+    ).bfloat16()
     out = with_frames(hot, SparseCausalAttention, FRAMES)(noise(FRAMES, POSITIONS, WIDTH).bfloat16())
     assert seen == [expected]
     assert out.dtype == torch.bfloat16

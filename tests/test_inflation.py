@@ -18,7 +18,9 @@ from tav_peft.trainable import trainable
 RECORDED = Path(__file__).parent / "recorded"  # see its README
 SHARED = Path(__file__).parents[1].parent / "shared" / "fixtures" / "official"
 SHARED_FOLDERS = [SHARED / "sd1-tiny", SHARED / "sd2-tiny"]
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/fixtures/official, which is not here")
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(), reason="needs ../shared/fixtures/official, which is not here"
+)
 FOLDERS = [
     pytest.param(RECORDED / "sd1-tiny", id="carried sd1-tiny"),
     *(pytest.param(folder, marks=needs_shared, id=f"shared {folder.name}") for folder in SHARED_FOLDERS),
@@ -59,7 +61,9 @@ def originals():
     return functools.cache(Original)
 
 
-@pytest.mark.parametrize("case", ["", "b2_", "odd_", "f1_"], ids=["5 frames", "batch 2", "odd sizes", "1 frame"])
+@pytest.mark.parametrize(
+    "case", ["", "b2_", "odd_", "f1_"], ids=["5 frames", "batch 2", "odd sizes", "1 frame"]
+)
 @pytest.mark.parametrize("t_attn", ["fresh", "random"])
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_outputs_are_those_recorded_from_the_original(folder, t_attn, case, originals):
@@ -153,11 +157,15 @@ def test_fresh_t_attn_starts_at_zero_output_and_unit_norm(flat):
 
 def test_names_are_those_of_the_2d_unet_with_t_attn_after_every_transformer_block(flat):
     names = set(flat.state_dict())
-    blocks = {name.removesuffix(".attn1.to_q.weight") for name in names if name.endswith(".attn1.to_q.weight")}
+    blocks = {
+        name.removesuffix(".attn1.to_q.weight") for name in names if name.endswith(".attn1.to_q.weight")
+    }
     assert len(blocks) == 7
     kinds = [f"attn_temp.{kind}.weight" for kind in ("to_q", "to_k", "to_v", "to_out.0")]
     kinds += ["attn_temp.to_out.0.bias", "norm_temp.weight", "norm_temp.bias"]
-    assert set(inflate(flat).state_dict()) == names | {f"{block}.{kind}" for block in blocks for kind in kinds}
+    assert set(inflate(flat).state_dict()) == names | {
+        f"{block}.{kind}" for block in blocks for kind in kinds
+    }
 
 
 @torch.no_grad()
@@ -246,7 +254,9 @@ def test_gradient_checkpointing_gives_every_trainable_tensor_the_same_gradient(f
     assert sum(name.startswith("down_blocks") for name in plain) == len(plain) * 2 // 7
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # -- what cannot be inflated -------------------------------------------------------------------------------
@@ -259,7 +269,9 @@ def test_an_inflated_unet_is_refused(flat):
 
 def test_another_kind_of_model_is_refused():
     with pytest.raises(BaseModelError, match=r"this is a AutoencoderKL\. Use a Stable Diffusion base"):
-        inspect.unwrap(inflate)(AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)))  # not as checked in tests
+        inspect.unwrap(inflate)(
+            AutoencoderKL(norm_num_groups=4, block_out_channels=(8,))
+        )  # not as checked in tests
 
 
 def test_a_unet_without_transformer_blocks_is_refused():

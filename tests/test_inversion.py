@@ -21,7 +21,9 @@ def test_the_timesteps_are_the_originals():
     pairs = timestep_pairs(scheduler(), 10)
     assert [t for t, _, _ in pairs] == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
     alphas = scheduler().alphas_cumprod
-    assert pairs[0][1] == pytest.approx(float(alphas[0]))  # the first step starts at the end of the sampler's last
+    assert pairs[0][1] == pytest.approx(
+        float(alphas[0])
+    )  # the first step starts at the end of the sampler's last
     assert pairs[3][1:] == pytest.approx((float(alphas[201]), float(alphas[301])))
 
 
@@ -50,7 +52,9 @@ def test_an_unknown_prediction_type_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_inversion_then_sampling_gives_the_clip_back_when_the_model_does_not_depend_on_the_latents(kind, noise):
+def test_inversion_then_sampling_gives_the_clip_back_when_the_model_does_not_depend_on_the_latents(
+    kind, noise
+):
     clean, sampler = noise(1, 4, 2, 8, 8), scheduler(kind)
 
     def predict(x, t):
@@ -68,7 +72,12 @@ def test_inversion_then_sampling_gives_the_clip_back_when_the_model_does_not_dep
 def test_only_the_asked_steps_are_gone_through_and_told(noise):
     told, clean = [], noise(1, 4, 1, 4, 4)
     trajectory = invert(
-        lambda x, _: x, clean, scheduler(), 10, steps=4, progress=lambda done, total: told.append((done, total))
+        lambda x, _: x,
+        clean,
+        scheduler(),
+        10,
+        steps=4,
+        progress=lambda done, total: told.append((done, total)),
     )
     assert len(trajectory) == 5
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]

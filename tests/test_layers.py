@@ -58,4 +58,6 @@ def test_no_module_imports_upwards_or_sideways():
 
 
 def test_the_library_knows_nothing_of_its_commands():
-    assert [name for name, file in modules() for target in imports_of(file) if layer_of(target) == "cli"] == []
+    assert [
+        name for name, file in modules() for target in imports_of(file) if layer_of(target) == "cli"
+    ] == []

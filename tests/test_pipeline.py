@@ -37,7 +37,9 @@ def test_edits_keep_size_length_and_frame_rate(pipe, inversion, clip):
 
 def test_less_depth_takes_fewer_steps_and_stays_nearer_to_the_clip(pipe, inversion):
     told = []
-    near = pipe("a man", inversion=inversion, depth=0.25, progress=lambda done, total: told.append((done, total)))
+    near = pipe(
+        "a man", inversion=inversion, depth=0.25, progress=lambda done, total: told.append((done, total))
+    )
     far = pipe("a man", inversion=inversion, depth=1.0)
     assert told == [(1, 1)]
     distance = [(out.latents - inversion.clean).abs().mean() for out in (near, far)]

@@ -47,8 +47,15 @@ def test_a_part_and_a_block_group_are_chosen_by_name(preset, part, block, names)
 
 def test_names_that_only_resemble_a_part_are_left_alone():
     subset = Subset("lite")
-    near = ["up_blocks.0.attn1.to_q", "x.transformer_blocks.0.attn1.to_q", f"{BLOCKS[0]}.attn1.to_q.base_layer"]
-    near += [f"{BLOCKS[0]}.{end}" for end in ("attn1.to_k", "attn2.to_out.0", "norm_temp", "attn_temp", "attn1xto_q")]
+    near = [
+        "up_blocks.0.attn1.to_q",
+        "x.transformer_blocks.0.attn1.to_q",
+        f"{BLOCKS[0]}.attn1.to_q.base_layer",
+    ]
+    near += [
+        f"{BLOCKS[0]}.{end}"
+        for end in ("attn1.to_k", "attn2.to_out.0", "norm_temp", "attn_temp", "attn1xto_q")
+    ]
     assert subset.lora_modules(near) == []
 
 

@@ -4,10 +4,11 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
-from tav_peft.report import Shown, write_report
+from tav_peft.report import Shown, write_report, write_sheet
 
 
 @pytest.fixture
@@ -34,3 +35,11 @@ def test_a_page_that_cannot_be_written_is_one_error(tmp_path, clip):
     (tmp_path / "file").write_text("")
     with pytest.raises(ClipError, match="cannot be written"):
         write_report(tmp_path / "file" / "r.html", "t", [Shown("a", clip)], facts={})
+
+
+def test_the_sheet_has_a_row_a_clip_and_a_column_a_frame(tmp_path, clip):
+    bright = Clip(pixels=np.full((3, 8, 8, 3), 200, np.uint8), fps=8.0)
+    sheet = write_sheet(tmp_path / "s.png", [Shown("a", clip), Shown("b", bright)], scale=4)
+    picture = np.asarray(Image.open(sheet))
+    assert picture.shape == (6 + 2 * (32 + 24 + 6), 6 + 3 * (32 + 6), 3)
+    assert (picture[6 + 62 + 24 :][:32, 6:38] == 200).all()  # the second row's first frame

@@ -17,7 +17,9 @@ def unet():
 
 def parameters(unet, preset, rank):
     subset, names = Subset(preset), [name for name, _ in unet.named_modules()]
-    dense = sum(p.numel() for name in subset.dense_modules(names) for p in unet.get_submodule(name).parameters())
+    dense = sum(
+        p.numel() for name in subset.dense_modules(names) for p in unet.get_submodule(name).parameters()
+    )
     shapes = [unet.get_submodule(name).weight.shape for name in subset.lora_modules(names)]
     return dense, sum(rank * (rows + columns) for rows, columns in shapes)
 
@@ -28,7 +30,8 @@ def test_the_paper_trains_the_74_354_880_parameters_of_the_original(unet):
 
 
 @pytest.mark.parametrize(
-    ("preset", "rank", "limit"), [("paper", 4, 150.0), ("hybrid", 4, 101.0), ("lite", 4, 1.3), ("lite", 16, 5.0)]
+    ("preset", "rank", "limit"),
+    [("paper", 4, 150.0), ("hybrid", 4, 101.0), ("lite", 4, 1.3), ("lite", 16, 5.0)],
 )
 def test_adapters_in_half_precision_stay_below_their_limits(unet, preset, rank, limit):
     dense, lora = parameters(unet, preset, rank)

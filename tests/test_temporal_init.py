@@ -28,13 +28,20 @@ def test_numbers_are_those_of_the_published_generator(seed):
     digest = hashlib.sha256(f"philox-uniform-1:{seed}:{QUERY}".encode()).digest()
     key = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
     words = [word for block in range(4) for word in philox([block + 1, 0, 0, 0], key)]
-    expected = [((word >> 40) / 2**23 - 1) / 4 for word in words]  # 24 bits each, to [-1/sqrt(16), 1/sqrt(16))
+    expected = [
+        ((word >> 40) / 2**23 - 1) / 4 for word in words
+    ]  # 24 bits each, to [-1/sqrt(16), 1/sqrt(16))
     assert uniform(QUERY, (1, 16), seed)[0].tolist() == expected
 
 
 def test_the_first_numbers_never_change():
     assert temporal_init.NAME == "philox-uniform-1"
-    assert uniform(QUERY, (2, 16), 0)[0, :4].tolist() == [-0.2188795804977417, 0.15645059943199158, -0.13362550735473633, 0.13616713881492615]
+    assert uniform(QUERY, (2, 16), 0)[0, :4].tolist() == [
+        -0.2188795804977417,
+        0.15645059943199158,
+        -0.13362550735473633,
+        0.13616713881492615,
+    ]
     assert uniform(QUERY, (2, 16), 33)[1, :2].tolist() == [0.1586439609527588, 0.09381169080734253]
     assert uniform(KEY, (8, 320), 0)[0, :2].tolist() == [-0.03295135498046875, -0.05531558766961098]
     shapes = {QUERY: torch.Size([16, 16]), KEY: torch.Size([16, 16])}
@@ -76,7 +83,12 @@ def test_numbers_are_uniform_in_the_range_of_nn_linear():
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("attn_temp.to_out.0.weight", 0), ("attn_temp.to_out.0.bias", 0), ("norm_temp.weight", 1), ("norm_temp.bias", 0)],
+    [
+        ("attn_temp.to_out.0.weight", 0),
+        ("attn_temp.to_out.0.bias", 0),
+        ("norm_temp.weight", 1),
+        ("norm_temp.bias", 0),
+    ],
 )
 def test_output_and_norm_start_as_an_identity(kind, value):
     shape = torch.Size([4, 4] if "to_out.0.weight" in kind else [4])

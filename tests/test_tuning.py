@@ -150,7 +150,8 @@ def test_the_pipeline_is_left_as_it_was(pipe, clip, preset):
 
 def test_gradient_checkpointing_changes_no_loss(pipe, clip):
     plain, checkpointed = (
-        losses_of(pipe, clip, "adapter.preset=paper", f"training.gradient_checkpointing={on}") for on in ("false", "true")
+        losses_of(pipe, clip, "adapter.preset=paper", f"training.gradient_checkpointing={on}")
+        for on in ("false", "true")
     )
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
@@ -178,7 +179,11 @@ def test_a_diverged_tuning_stops_with_its_step_and_keeps_the_trail(pipe, clip, t
 
 def test_the_adapter_says_where_it_comes_from(pipe, clip):
     told = tuned(pipe, clip).provenance
-    assert (told.caption, told.clip.fingerprint, told.clip.indices) == ("a man is skiing", clip.fingerprint, (0, 2, 4))
+    assert (told.caption, told.clip.fingerprint, told.clip.indices) == (
+        "a man is skiing",
+        clip.fingerprint,
+        (0, 2, 4),
+    )
     assert told.base.architecture["cross_attention_dim"] == 32
     assert told.recipe["training"]["lr"] == 1e-3
     assert told.editing["guidance_scale"] == 12.5

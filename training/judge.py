@@ -9,6 +9,7 @@ for the model card; it is not shipped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths, layers = (3, 32, 64, 96, 128), []
-        for left, right in zip(widths, widths[1:], strict=False):
+        for left, right in itertools.pairwise(widths):
             layers += [nn.Conv2d(left, right, 4, 2, 1), nn.GroupNorm(8, right), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleList(nn.Linear(2 * widths[-1], len(names)) for names in CLASSES)

@@ -17,7 +17,9 @@ CASES = [("hybrid", 1e-6), ("lite", 1e-6), ("paper", 1e-4)]
 
 
 @pytest.mark.parametrize(("preset", "tolerance"), CASES)
-def test_stock_peft_on_an_inflated_unet_gives_our_output(preset, tolerance, make_adapter, flat, noise, tmp_path):
+def test_stock_peft_on_an_inflated_unet_gives_our_output(
+    preset, tolerance, make_adapter, flat, noise, tmp_path
+):
     adapter = make_adapter(preset, rank=3, alpha=6)
     folder = peft.write(adapter, tmp_path / "folder")
     ours, theirs = inflate(flat), PeftModel.from_pretrained(inflate(flat), folder)
