@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from tav_peft import temporal_init
@@ -97,7 +98,8 @@ class Attachments:
                 n for n in layer.active_adapters if not n.startswith("tav_slot_")
             ]  # plain LoRAs of other tools
             layer.set_adapter(others + [n for n in inner if n in layer.r])
-            layer.requires_grad_(False)
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
             for slot in self._slots.values():
                 if slot.inner in layer.r:
                     layer.set_scale(slot.inner, slot.strength[part_of(path)])
@@ -172,7 +174,7 @@ def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int
     """Names and shapes of the tensors that the adapter's config asks for on this UNet."""
     subset = adapter.subset
     expected: dict[str, tuple[int, ...]] = {}
-    names = [name for name, _ in unet.named_modules() if ".base_layer" not in name]
+    names = _module_names(unet)
     ranks = (adapter.peft_config or {}).get("rank_pattern") or {}
     rank = (adapter.peft_config or {}).get("r", 0)
     for module in subset.lora_modules(names):
@@ -205,6 +207,7 @@ def audit(adapter: Adapter, unet: InflatedUNet) -> None:
                 f"The adapter was tuned for a base with {key} {theirs}, this one has {ours}. "
                 f"Use a base like {info.base.name}, or retune."
             )
+    _audit_targets(adapter, unet)
     expected = expected_shapes(adapter, unet)
     missing = [name for name in expected if name not in adapter.weights]
     unexpected = [name for name in adapter.weights if name not in expected]
@@ -223,6 +226,19 @@ def audit(adapter: Adapter, unet: InflatedUNet) -> None:
     _audit_temporal(adapter, unet)
 
 
+def _audit_targets(adapter: Adapter, unet: InflatedUNet) -> None:
+    if adapter.peft_config is None:
+        return
+    config = lora_config(adapter.peft_config)
+    names = _module_names(unet)
+    targets = [name for name in names if check_target_module_exists(config, name)]
+    if targets != adapter.subset.lora_modules(names):
+        raise AdapterError(
+            f"The adapter's PEFT config targets {len(targets)} modules of this base, not those that its subset "
+            f"{adapter.provenance.subset} names. The file was changed; ask for it again."
+        )
+
+
 def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
     init = adapter.provenance.temporal_init
     if "t_attn" not in adapter.subset.parts:
@@ -236,9 +252,9 @@ def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
             f"The adapter's T-Attn starts from weights that seed {init.seed} does not give on this base "
             "(their SHA-256 differ), and its updates count from those. The file was changed, or tuned for another base."
         )
-    if "t_attn" in adapter.subset.lora_parts and unet.temporal_seed != init.seed:
+    if unet.temporal_seed != init.seed:
         raise AdapterError(
-            f"The adapter's T-Attn is a LoRA on initial weights of seed {init.seed}, this UNet has seed "
+            f"The adapter's T-Attn counts from initial weights of seed {init.seed}, this UNet has seed "
             f"{unet.temporal_seed}. Inflate with temporal_seed={init.seed}."
         )
 
@@ -254,9 +270,14 @@ def temporal_fingerprint(unet: InflatedUNet, seed: int) -> str:
 
 def inject_lora(unet: InflatedUNet, config: LoraConfig, inner: str, *, seed: int = 0) -> None:
     """Wrap the targets in PEFT layers in place, new weights drawn for `seed`."""
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's global stream; nobody else's moves
+    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    # PEFT draws from torch's global stream; nobody else's moves
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is what was asked for
         torch.manual_seed(seed)
         inject_adapter_in_model(config, unet, adapter_name=inner)
+    for parameter, flag in flags:  # PEFT freezes all but its own
+        parameter.requires_grad_(flag)
     if not lora_layers(unet, inner):
         raise AdapterError(
             "The adapter's config matches no module of this base. Use the base it was tuned for."
@@ -291,6 +312,10 @@ def remove_lora(unet: InflatedUNet, inner: str) -> None:
     if not configs and hasattr(unet, "peft_config"):
         del unet.peft_config
         unet._hf_peft_config_loaded = False
+
+
+def _module_names(unet: InflatedUNet) -> list[str]:
+    return [name for name, _ in unet.named_modules() if ".base_layer" not in name and ".lora_" not in name]
 
 
 def _base(module: nn.Module) -> nn.Module:

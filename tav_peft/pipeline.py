@@ -94,7 +94,8 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     @property
     def base_name(self) -> str:
         """Name of the base, without folders of this machine."""
-        return bases.name_of(self.config._name_or_path)
+        location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
+        return bases.name_of(location) if location else "unnamed"
 
     # -- adapters ----------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def invert(
         self,
-        clip_or_latents: Clip | Latents,
+        clip_or_latents: Clip | Tensor,
         *,
         num_inference_steps: int = 50,
         depth: float = 1.0,
@@ -319,13 +320,16 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _sample(
         self,
         latents: Latents,
-        text: TextStates,
+        text: Tensor,
         left: int,
         guidance_scale: float,
         generator: torch.Generator | None,
         tick: Callable[[], None],
     ) -> Latents:
-        """Sample the last `left` timesteps with classifier-free guidance (Ho & Salimans 2022)."""
+        """Sample the last `left` timesteps with classifier-free guidance (Ho & Salimans 2022).
+
+        `text` has the prompt's states, or two rows: those of the negative prompt and those of the prompt.
+        """
         self.scheduler.set_timesteps(self.scheduler.num_inference_steps, device=latents.device)
         timesteps = self.scheduler.timesteps
         if (

@@ -25,6 +25,7 @@ figure img { width: 100%; image-rendering: pixelated; border-radius: .4rem; disp
 figcaption { font-size: .9rem; margin-top: .35rem; }
 figcaption small { color: var(--soft); display: block; }
 table { border-collapse: collapse; font-size: .9rem; }
+td:first-child { white-space: nowrap; }
 td { border-top: 1px solid var(--line); padding: .3rem .8rem .3rem 0; vertical-align: top; overflow-wrap: anywhere; }
 img.plot { max-width: 100%; background: #fff; border-radius: .4rem; }
 pre { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; }

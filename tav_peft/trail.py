@@ -47,11 +47,11 @@ class Trail:
         key: str,
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
+        drawn: Tensor,
         losses: Sequence[float],
     ) -> None:
-        """Write everything the next step depends on; tensors only, no pickle."""
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "generator": generator.get_state()}
+        """Write everything the next step depends on, `drawn` being the generator's state; no pickle."""
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "generator": drawn}
         for name, parameter in parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach()
             for moment in ("exp_avg", "exp_avg_sq"):

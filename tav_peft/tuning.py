@@ -88,18 +88,20 @@ def tune(
         optimizer = _optimizer(part, settings)
         key = _key(recipe, provenance)
         losses = trail.load_state(key, part.parameters, optimizer, generator) if trail else []
+        drawn = generator.get_state()  # as of the last whole step
 
         def adapter() -> Adapter:
             stepped = provenance.model_copy(update={"step": len(losses)})
             return Adapter(part.tensors(dtype) | kept, part.peft_config, stepped)
 
         def keep() -> None:
-            if trail is not None and losses:
+            if trail is not None and losses and _is_whole(optimizer, len(losses)):
                 adapter().save(trail.at_step(len(losses)))
-                trail.save_state(key, part.parameters, optimizer, generator, losses)
+                trail.save_state(key, part.parameters, optimizer, drawn, losses)
 
         try:
             for done in _steps(loss_of, part, optimizer, settings, accelerator, losses):
+                drawn = generator.get_state()
                 if done.step % settings.save_every == 0 and done.step < settings.steps:
                     keep()
                 if progress is not None:
@@ -141,6 +143,11 @@ def _steps(
         prepared.zero_grad(set_to_none=True)
         losses.append(value)
         yield TuningStep(step, settings.steps, value, time.perf_counter() - started)
+
+
+def _is_whole(optimizer: torch.optim.Optimizer, steps: int) -> bool:
+    """Tell whether every parameter has taken these steps; Ctrl-C may come in the middle of an update."""
+    return all(int(state["step"]) == steps for state in optimizer.state.values())
 
 
 def _optimizer(part: Trainable, settings: TrainingSection) -> torch.optim.AdamW:

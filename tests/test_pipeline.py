@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from tav_peft.errors import AdapterError, BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet
@@ -83,6 +85,26 @@ def test_other_schedulers_of_diffusers_sample_as_well(pipe, inversion, kind):
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     out = pipe("a man", inversion=inversion, guidance_scale=2)
     assert torch.isfinite(out.latents).all()
+
+
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("kind", "ends_clean"),
+    [(DDIMScheduler, False), (PNDMScheduler, False), (EulerDiscreteScheduler, True), (DPMSolverMultistepScheduler, True)],
+)
+def test_every_scheduler_starts_at_the_noise_that_the_inversion_reached(
+    pipe, clip, noise, monkeypatch, kind, ends_clean, depth
+):
+    # a model that sees the same noise e everywhere makes x_t = sqrt(a_t) x + sqrt(1 - a_t) e for any sampler
+    e = noise(1, 4, 3, 8, 8)
+    same = UNet2DConditionOutput(sample=e.expand(2, -1, -1, -1, -1))
+    monkeypatch.setattr(pipe.unet, "forward", lambda x, *_, **__: UNet2DConditionOutput(sample=same.sample[: len(x)]))
+    inversion = pipe.invert(clip, num_inference_steps=8, depth=depth)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    back = pipe(["a", "man"], inversion=inversion, depth=depth, guidance_scale=3).latents
+    a = pipe.scheduler.alphas_cumprod[0]  # where DDIM's last step ends; others go on to no noise at all
+    expected = (inversion.clean - (1 - a).sqrt() * e) / a.sqrt() if ends_clean else inversion.clean
+    torch.testing.assert_close(back, expected.expand(2, -1, -1, -1, -1), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("which", ["pipe", "v_pipe"])

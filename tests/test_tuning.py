@@ -94,6 +94,44 @@ def test_a_stopped_tuning_resumes_to_the_same_bytes(pipe, clip, tmp_path, preset
     assert not (tmp_path / "parts.trail" / "resume.safetensors").exists()
 
 
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_tuning_stopped_in_the_middle_of_a_step_resumes_to_the_same_bytes(pipe, clip, tmp_path, monkeypatch, call):
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    tuned(pipe, clip, output=whole)
+    forward, calls = pipe.unet.forward, []
+
+    def stop(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:  # noise and timestep of this step are drawn already
+            raise KeyboardInterrupt
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(pipe, clip, output=parts)
+    monkeypatch.undo()
+    assert len(losses_of(pipe, clip, output=parts)) == 6 - call
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_half_done_update_is_not_kept(pipe, clip, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    tuned(pipe, clip, output=whole)
+
+    class Interrupted(torch.optim.AdamW):
+        def step(self, *arguments):
+            super().step(*arguments)
+            if self.state[self.param_groups[0]["params"][0]]["step"] == 4:
+                raise KeyboardInterrupt  # the weights have moved, the step is not counted yet
+
+    monkeypatch.setattr(torch.optim, "AdamW", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(pipe, clip, output=parts)
+    monkeypatch.undo()
+    assert len(losses_of(pipe, clip, output=parts)) == 3  # from the two that were saved
+    assert parts.read_bytes() == whole.read_bytes()
+
+
 def test_a_killed_tuning_goes_on_from_the_last_save(pipe, clip, tmp_path):
     class Killed(BaseException):
         pass
