@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from tav_peft.clip import Clip
 from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet, inflate
 from tav_peft.inversion import Inversion, invert
+from tav_peft.sampling import set_timesteps, start_scale
 from tav_peft.shapes import Latents, TextStates
 
 _LOG = logging.getLogger(__name__)
@@ -274,12 +276,13 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        steps = num_inference_steps or (inversion.num_inference_steps if inversion else 50)
+        steps = num_inference_steps
+        if steps is None:
+            steps = inversion.num_inference_steps if inversion else 50
         _check_steps(steps, depth)
-        start, left = self._start(inversion, latents, steps, depth)
+        start, inverted = self._start(inversion, latents, steps, depth)
         states = self.encode_prompts([*prompts, negative_prompt])
-        self.scheduler.set_timesteps(steps)
-        done, total = 0, left * len(prompts)
+        done, total = 0, len(set_timesteps(self.scheduler, steps, start.device, inverted)) * len(prompts)
 
         def tick() -> None:
             nonlocal done
@@ -290,7 +293,9 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         results = []
         for text in states[:-1]:
             pair = torch.stack([states[-1], text]) if guidance_scale != 1 else text[None]
-            results.append(self._sample(start, pair, left, guidance_scale, generator, tick))
+            timesteps = set_timesteps(self.scheduler, steps, start.device, inverted)  # forgets the last prompt
+            first = start * start_scale(self.scheduler, inverted is not None)
+            results.append(self._sample(first, pair, timesteps, guidance_scale, generator, tick))
         clean = torch.cat(results)
         fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
         clips = self.decode_latents(clean, like=like, fps=fps)
@@ -299,12 +304,13 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _start(
         self, inversion: Inversion | None, latents: Latents | None, steps: int, depth: float
-    ) -> tuple[Latents, int]:
+    ) -> tuple[Latents, Tensor | None]:
+        """Choose the latents to start from, and the timesteps that they have been inverted through."""
         if (inversion is None) == (latents is None):
             raise TavError("Give either an inversion (from `pipe.invert`) or noise latents to start from.")
         if inversion is None:
             assert latents is not None
-            return latents.to(self._execution_device, self.unet.dtype), steps
+            return latents.to(self._execution_device, self.unet.dtype), None
         if steps != inversion.num_inference_steps:
             raise TavError(
                 f"The inversion has {inversion.num_inference_steps} steps, {steps} were asked for. Use the same number."
@@ -315,30 +321,25 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"The inversion goes to depth {reached / steps:g}, {depth:g} was asked for. Invert deeper."
             )
         start, left = inversion.at(depth)
-        return start.to(self._execution_device, self.unet.dtype), left
+        ddim = self.inversion_scheduler()
+        ddim.set_timesteps(steps)
+        return start.to(self._execution_device, self.unet.dtype), ddim.timesteps[-left:]
 
     def _sample(
         self,
         latents: Latents,
         text: Tensor,
-        left: int,
+        timesteps: Tensor,
         guidance_scale: float,
         generator: torch.Generator | None,
         tick: Callable[[], None],
     ) -> Latents:
-        """Sample the last `left` timesteps with classifier-free guidance (Ho & Salimans 2022).
+        """Sample through the timesteps with classifier-free guidance (Ho & Salimans 2022).
 
         `text` has the prompt's states, or two rows: those of the negative prompt and those of the prompt.
         """
-        self.scheduler.set_timesteps(self.scheduler.num_inference_steps, device=latents.device)
-        timesteps = self.scheduler.timesteps
-        if (
-            left < self.scheduler.num_inference_steps
-        ):  # else all: some schedulers have more timesteps than steps
-            timesteps = timesteps[-left:]
-        noisy = self.scheduler.init_noise_sigma
-        latents = latents * noisy if noisy != 1 else latents
-        extra = {"generator": generator} if generator is not None else {}
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
         for timestep in timesteps:
             scaled = self.scheduler.scale_model_input(latents, timestep).expand(len(text), -1, -1, -1, -1)
             output = self.unet(scaled, timestep, text).sample

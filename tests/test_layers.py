@@ -14,7 +14,7 @@ LAYERS = (
     ("pocket.motion",),
     ("pocket.clips",),
     ("inflation", "inversion", "adapter"),
-    ("attention", "temporal_init", "presets", "tensor_file", "clip"),
+    ("attention", "sampling", "temporal_init", "presets", "tensor_file", "clip"),
     ("footage", "video_files", "recipe", "base", "pocket.world"),
     ("whole", "shapes"),
     ("errors", "pocket"),

@@ -163,8 +163,8 @@ def test_five_steps_of_tuning_end_at_the_recorded_weights(folder, pipe, clip, mo
     original = Original(folder)
     recorded = load_file(folder / "train_nogc.safetensors")
     first = {name: tensor.clone() for name, tensor in original.unet.state_dict().items()}
-    first |= load_file(folder / "tattn_fresh.safetensors")
-    original.put_t_attn("fresh")
+    first |= {name.removeprefix("init."): t for name, t in recorded.items() if name.startswith("init.")}
+    original.unet.load_state_dict(first)
     pipe = TuneAVideoPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, original.unet, pipe.scheduler)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     draws = zip(*(recorded[name] for name in ("latents", "noise", "timesteps")), strict=True)
