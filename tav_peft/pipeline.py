@@ -293,7 +293,9 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         results = []
         for text in states[:-1]:
             pair = torch.stack([states[-1], text]) if guidance_scale != 1 else text[None]
-            timesteps = set_timesteps(self.scheduler, steps, start.device, inverted)  # forgets the last prompt
+            timesteps = set_timesteps(
+                self.scheduler, steps, start.device, inverted
+            )  # forgets the last prompt
             first = start * start_scale(self.scheduler, inverted is not None)
             results.append(self._sample(first, pair, timesteps, guidance_scale, generator, tick))
         clean = torch.cat(results)
@@ -363,7 +365,9 @@ def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
 
 
 def _check_steps(num_inference_steps: int, depth: float) -> None:
-    if not 1 <= num_inference_steps <= 1000:
-        raise TavError(f"{num_inference_steps} steps: give between 1 and 1000.")
+    if (
+        not 1 <= num_inference_steps <= 999
+    ):  # with offset 1, a thousandth would stand outside of the 1000 timesteps
+        raise TavError(f"{num_inference_steps} steps: give between 1 and 999.")
     if not 0 < depth <= 1:
         raise TavError(f"depth {depth:g}: give more than 0 and at most 1 (the paper's).")

@@ -9,7 +9,9 @@ from pathlib import Path
 import beartype
 from jaxtyping import install_import_hook
 
-beartype.lenient = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float too
+beartype.lenient = beartype.beartype(
+    conf=beartype.BeartypeConf(is_pep484_tower=True)
+)  # an int is a float too
 # Every call of the library's functions that name shapes is checked against them; this must come before their import.
 install_import_hook(
     [

@@ -313,7 +313,11 @@ def test_an_update_of_t_attn_needs_the_seed_it_counts_from(preset, unet, make_ad
 def test_a_config_whose_targets_are_not_the_subsets_is_refused(unet, make_adapter):
     adapter = make_adapter("lite")
     config = {**adapter.peft_config, "target_modules": ["attn1.to_q"]}
-    refused(unet, Adapter(adapter.tensors, config, adapter.provenance), "targets 7 modules of this base, not those")
+    refused(
+        unet,
+        Adapter(adapter.tensors, config, adapter.provenance),
+        "targets 7 modules of this base, not those",
+    )
 
 
 def test_without_t_attn_the_initial_t_attn_does_not_matter(unet, make_adapter):

@@ -92,7 +92,12 @@ def test_other_schedulers_of_diffusers_sample_as_well(pipe, inversion, kind):
 @pytest.mark.parametrize("depth", [1.0, 0.5, 0.125])
 @pytest.mark.parametrize(
     ("kind", "ends_clean"),
-    [(DDIMScheduler, False), (PNDMScheduler, False), (EulerDiscreteScheduler, True), (DPMSolverMultistepScheduler, True)],
+    [
+        (DDIMScheduler, False),
+        (PNDMScheduler, False),
+        (EulerDiscreteScheduler, True),
+        (DPMSolverMultistepScheduler, True),
+    ],
 )
 def test_every_scheduler_starts_at_the_noise_that_the_inversion_reached(
     pipe, clip, noise, monkeypatch, kind, ends_clean, depth
@@ -100,7 +105,9 @@ def test_every_scheduler_starts_at_the_noise_that_the_inversion_reached(
     # a model that sees the same noise e everywhere makes x_t = sqrt(a_t) x + sqrt(1 - a_t) e for any sampler
     e = noise(1, 4, 3, 8, 8)
     same = UNet2DConditionOutput(sample=e.expand(2, -1, -1, -1, -1))
-    monkeypatch.setattr(pipe.unet, "forward", lambda x, *_, **__: UNet2DConditionOutput(sample=same.sample[: len(x)]))
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda x, *_, **__: UNet2DConditionOutput(sample=same.sample[: len(x)])
+    )
     inversion = pipe.invert(clip, num_inference_steps=8, depth=depth)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     if kind is PNDMScheduler and depth < 1:
@@ -109,7 +116,11 @@ def test_every_scheduler_starts_at_the_noise_that_the_inversion_reached(
         return
     told = []
     back = pipe(
-        ["a", "man"], inversion=inversion, depth=depth, guidance_scale=3, progress=lambda *step: told.append(step)
+        ["a", "man"],
+        inversion=inversion,
+        depth=depth,
+        guidance_scale=3,
+        progress=lambda *step: told.append(step),
     ).latents
     assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
     a = pipe.scheduler.alphas_cumprod[0]  # where DDIM's last step ends; others go on to no noise at all
@@ -161,6 +172,7 @@ def test_latents_are_inverted_as_the_clip_they_came_from(pipe, clip):
         (lambda p, _: p("a"), "either an inversion"),
         (lambda p, i: p.invert(i.clean[0]), r"Latents of shape \(4, 3, 8, 8\)"),
         (lambda p, i: p.invert(i.clean, num_inference_steps=0), "0 steps"),
+        (lambda p, i: p.invert(i.clean, num_inference_steps=1000), "1000 steps: give between 1 and 999"),
     ],
 )
 def test_impossible_calls_say_what_is_allowed(pipe, inversion, call, said):

@@ -66,7 +66,8 @@ def test_configs_are_stock_and_target_what_the_subset_names(preset, blocks, name
     config = subset.peft_config(names, rank=4, alpha=8)
     assert type(config) is LoraConfig
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 8, 0, "none")
-    assert not (config.use_dora or config.use_rslora)
+    assert not config.use_dora
+    assert not config.use_rslora
     saved = config.modules_to_save or []
     temporal = {name for name in names if name.endswith(tuple(saved))} if saved else set()
     chosen = [name for name in BLOCKS if name.startswith(blocks)]

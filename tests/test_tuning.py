@@ -95,7 +95,9 @@ def test_a_stopped_tuning_resumes_to_the_same_bytes(pipe, clip, tmp_path, preset
 
 
 @pytest.mark.parametrize("call", [1, 4])
-def test_a_tuning_stopped_in_the_middle_of_a_step_resumes_to_the_same_bytes(pipe, clip, tmp_path, monkeypatch, call):
+def test_a_tuning_stopped_in_the_middle_of_a_step_resumes_to_the_same_bytes(
+    pipe, clip, tmp_path, monkeypatch, call
+):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     tuned(pipe, clip, output=whole)
     forward, calls = pipe.unet.forward, []
