@@ -30,7 +30,7 @@ def open_base(base: str, device: str | None, precision: str | None = None) -> "T
     """
     place = _usable(device) if device else _fastest()
     from tav_peft.pipeline import TuneAVideoPipeline
-    from tav_peft.tuning import DTYPES
+    from tav_peft.shapes import DTYPES
 
     hush()
     chosen = precision or ("fp16" if place.startswith("cuda") else "fp32")

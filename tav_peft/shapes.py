@@ -1,7 +1,8 @@
-"""Named tensor shapes, checked in the tests."""
+"""Named tensor shapes, checked in the tests, and precisions."""
 
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,3 +16,5 @@ TwoFrames: TypeAlias = Float[
 ]  # tokens of two frames, one after the other
 TextStates: TypeAlias = Float[Tensor, "batch tokens text_features"]
 Pixels: TypeAlias = Float[Tensor, "batch 3 frames height width"]  # in [-1, 1]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -27,11 +27,9 @@ from tav_peft.errors import TuningError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
 from tav_peft.recipe import Recipe, TrainingSection
-from tav_peft.shapes import Latents, TextStates
+from tav_peft.shapes import DTYPES, Latents, TextStates
 from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.trainable import Trainable, trainable
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)

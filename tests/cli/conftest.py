@@ -70,7 +70,7 @@ class Library:
             progress(SimpleNamespace(step=step, steps=steps, loss=1 / step, seconds_per_step=0.5))
         output.write_bytes(bytes(1300))
 
-    def from_pretrained(self, base: str) -> "Library":
+    def from_pretrained(self, base: str, **_: object) -> "Library":
         self.bases.append(base)
         return self
 
