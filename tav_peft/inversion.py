@@ -52,8 +52,11 @@ class Inversion:
         tensors, metadata = read_tensors(Path(path))
         if "tav_peft_inversion" not in metadata or "trajectory" not in tensors:
             raise AdapterError(f"{path} is no inversion. Make one with `tav invert`.")
-        info = json.loads(metadata["tav_peft_inversion"])
-        return cls(tensors["trajectory"], info.pop("steps"), info)
+        try:
+            info = json.loads(metadata["tav_peft_inversion"])
+            return cls(tensors["trajectory"], int(info.pop("steps")), info)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise AdapterError(f"{path}: its header is not that of an inversion. Make it again with `tav invert`.") from None
 
 
 def ddim_coefficients(alpha: float, alpha_next: float, prediction_type: str) -> tuple[float, float]:

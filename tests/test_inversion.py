@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler
 
 from tav_peft.errors import AdapterError
 from tav_peft.inversion import Inversion, ddim_coefficients, inverse_step, invert, timestep_pairs
+from tav_peft.tensor_file import write_tensors
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -102,3 +103,32 @@ def test_a_saved_inversion_comes_back(tmp_path, noise):
 def test_an_adapter_is_no_inversion(tmp_path, make_adapter):
     with pytest.raises(AdapterError, match="no inversion"):
         Inversion.load(make_adapter().save(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "{}", '{"steps": "many"}'])
+def test_a_damaged_header_is_refused(header, tmp_path, noise):
+    path = write_tensors(
+        tmp_path / "i.safetensors", {"trajectory": noise(2, 4, 1, 2, 2)}, {"tav_peft_inversion": header}
+    )
+    with pytest.raises(AdapterError, match="its header is not that of an inversion"):
+        Inversion.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("epsilon", {"set_alpha_to_one": True}),
+        ("epsilon", {"timestep_spacing": "trailing", "steps_offset": 0}),
+        ("epsilon", {"timestep_spacing": "linspace"}),
+        ("v_prediction", {"timestep_spacing": "trailing", "steps_offset": 0, "rescale_betas_zero_snr": True}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
+)
+def test_every_spacing_of_timesteps_is_undone(kind, settings, noise):
+    sampler = DDIMScheduler.from_config(scheduler(kind).config, **settings)
+    clean, output = noise(1, 4, 2, 8, 8).double(), noise(1, 4, 2, 8, 8, seed=1).double()
+    x = invert(lambda x, _: output, clean, sampler, 10)[-1:]
+    sampler.set_timesteps(10)
+    for t in sampler.timesteps:
+        x = sampler.step(output, t, x).prev_sample
+    torch.testing.assert_close(x, clean, rtol=0, atol=1e-5)  # diffusers keeps its alphas in float32

@@ -156,12 +156,23 @@ def test_the_whole_pipeline_samples_the_recorded_video(folder):
 
 # -- training ----------------------------------------------------------------------------------------------
 
+RUNS = [
+    pytest.param(RECORDED / "sd1-tiny", "train_nogc", id="carried sd1-tiny train_nogc"),
+    *(
+        pytest.param(folder, run, marks=needs_shared, id=f"shared {folder.name} {run}")
+        for folder in SHARED_FOLDERS
+        for run in ("train_nogc", "train_nogc_random")
+    ),
+]
 
-@pytest.mark.parametrize("folder", FOLDERS[:2])
-def test_five_steps_of_tuning_end_at_the_recorded_weights(folder, pipe, clip, monkeypatch):
+
+@pytest.mark.parametrize(("folder", "run"), RUNS)
+def test_five_steps_of_tuning_end_at_the_recorded_weights(folder, run, pipe, clip, monkeypatch):
     """Without gradient checkpointing, whose kind in the original kept the down blocks from learning."""
     original = Original(folder)
-    recorded = load_file(folder / "train_nogc.safetensors")
+    recorded = load_file(folder / f"{run}.safetensors")
+    if run == "train_nogc_random":
+        original.put_t_attn("random")
     first = {name: tensor.clone() for name, tensor in original.unet.state_dict().items()}
     first |= {name.removeprefix("init."): t for name, t in recorded.items() if name.startswith("init.")}
     original.unet.load_state_dict(first)
@@ -172,13 +183,14 @@ def test_five_steps_of_tuning_end_at_the_recorded_weights(folder, pipe, clip, mo
 
     def replay(*_) -> Tensor:  # the recorded draws in the place of our own
         latents, noise, timestep = next(draws)
+        target = schedule.get_velocity(latents, noise, timestep) if folder.name == "sd2-tiny" else noise
         noisy = schedule.add_noise(latents, noise, timestep)
-        return F.mse_loss(pipe.unet(noisy, timestep, recorded["text"]).sample, noise)
+        return F.mse_loss(pipe.unet(noisy, timestep, recorded["text"]).sample, target)
 
     monkeypatch.setattr(tuning, "denoising_loss", replay)
     recipe = Recipe().override(["adapter.preset=paper", "adapter.dtype=fp32", "training.steps=5"])
     tuned = tuning.tune(pipe, clip, "a man", recipe, progress=lambda step: losses.append(step.loss))
-    assert torch.tensor(losses) == pytest.approx(recorded["loss"], abs=2e-6)
+    assert losses == pytest.approx(recorded["loss"].tolist(), abs=2e-6)
     finals = {name.removeprefix("final."): t for name, t in recorded.items() if name.startswith("final.")}
     assert len(finals) == len(tuned.tensors) == 70
     for name, expected in finals.items():
@@ -186,5 +198,5 @@ def test_five_steps_of_tuning_end_at_the_recorded_weights(folder, pipe, clip, mo
         if weight is None:
             weight = first[name] + tuned.tensors[name.replace(".weight", ".diff")]
         assert not torch.equal(expected, first[name]), name
-        # of an update of 1.5e-4; the same code in float64 is 2.5e-7 away from its own record
+        # of an update of 1.5e-4; the same code in float64 is up to 1.1e-6 away from its own record
         assert (weight - expected).abs().max() < 2e-6, name
