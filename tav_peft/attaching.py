@@ -272,12 +272,16 @@ def inject_lora(unet: InflatedUNet, config: LoraConfig, inner: str, *, seed: int
     """Wrap the targets in PEFT layers in place, new weights drawn for `seed`."""
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     # PEFT draws from torch's global stream; nobody else's moves
+    active = {path: [*layer.active_adapters] for path, layer in lora_layers(unet)}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is what was asked for
         torch.manual_seed(seed)
         inject_adapter_in_model(config, unet, adapter_name=inner)
     for parameter, flag in flags:  # PEFT freezes all but its own
         parameter.requires_grad_(flag)
+    for path, layer in lora_layers(unet):  # injecting leaves only the new adapter on; other tools' LoRAs stay
+        if path in active:
+            layer.set_adapter([*active[path], *([inner] if inner in layer.r else [])])
     if not lora_layers(unet, inner):
         raise AdapterError(
             "The adapter's config matches no module of this base. Use the base it was tuned for."
@@ -303,6 +307,9 @@ def remove_lora(unet: InflatedUNet, inner: str) -> None:
     """Take one PEFT adapter off; layers that carry no other become the plain modules they wrapped."""
     for path, layer in lora_layers(unet):
         if inner in layer.r:
+            layer.set_adapter(
+                [n for n in layer.active_adapters if n != inner]
+            )  # else PEFT chooses another itself
             layer.delete_adapter(inner)
         if not layer.r:
             parent, _, child = path.rpartition(".")

@@ -56,7 +56,9 @@ class Inversion:
             info = json.loads(metadata["tav_peft_inversion"])
             return cls(tensors["trajectory"], int(info.pop("steps")), info)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise AdapterError(f"{path}: its header is not that of an inversion. Make it again with `tav invert`.") from None
+            raise AdapterError(
+                f"{path}: its header is not that of an inversion. Make it again with `tav invert`."
+            ) from None
 
 
 def ddim_coefficients(alpha: float, alpha_next: float, prediction_type: str) -> tuple[float, float]:

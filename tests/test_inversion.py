@@ -127,7 +127,7 @@ def test_a_damaged_header_is_refused(header, tmp_path, noise):
 def test_every_spacing_of_timesteps_is_undone(kind, settings, noise):
     sampler = DDIMScheduler.from_config(scheduler(kind).config, **settings)
     clean, output = noise(1, 4, 2, 8, 8).double(), noise(1, 4, 2, 8, 8, seed=1).double()
-    x = invert(lambda x, _: output, clean, sampler, 10)[-1:]
+    x = invert(lambda *_: output, clean, sampler, 10)[-1:]
     sampler.set_timesteps(10)
     for t in sampler.timesteps:
         x = sampler.step(output, t, x).prev_sample

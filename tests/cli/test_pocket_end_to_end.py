@@ -85,8 +85,14 @@ def test_invert_writes_a_trajectory(tuned):
         (("edit", "missing.safetensors", "--prompt", "x"), "does not exist"),
         (("edit", "rabbit.mp4", "--prompt", "x"), "not a whole safetensors file"),
         (("tune", "missing.mp4", "--prompt", "x", "--base", "pocket"), "missing.mp4"),
-        (("tune", "rabbit.mp4", "--prompt", "x", "--base", "nowhere"), "No base at nowhere"),
-        (("tune", "rabbit.mp4", "--prompt", "a " * 60, "--base", "pocket"), "tokens"),
+        (
+            ("tune", "rabbit.mp4", "--prompt", "x", "--base", "nowhere", "--recipe", "pocket"),
+            "No base at nowhere",
+        ),
+        (
+            ("tune", "rabbit.mp4", "--prompt", "a " * 60, "--base", "pocket", "-o", "new.safetensors"),
+            "tokens",
+        ),
         (("tune", "rabbit.mp4", "--prompt", "x", "--base", "pocket", "--frames", "900"), "frames"),
     ],
 )
