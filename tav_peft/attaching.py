@@ -271,17 +271,17 @@ def temporal_fingerprint(unet: InflatedUNet, seed: int) -> str:
 def inject_lora(unet: InflatedUNet, config: LoraConfig, inner: str, *, seed: int = 0) -> None:
     """Wrap the targets in PEFT layers in place, new weights drawn for `seed`."""
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    # PEFT draws from torch's global stream; nobody else's moves
     active = {path: [*layer.active_adapters] for path, layer in lora_layers(unet)}
+    # PEFT draws from torch's global stream; nobody else's moves
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is what was asked for
         torch.manual_seed(seed)
         inject_adapter_in_model(config, unet, adapter_name=inner)
-    for parameter, flag in flags:  # PEFT freezes all but its own
-        parameter.requires_grad_(flag)
     for path, layer in lora_layers(unet):  # injecting leaves only the new adapter on; other tools' LoRAs stay
         if path in active:
             layer.set_adapter([*active[path], *([inner] if inner in layer.r else [])])
+    for parameter, flag in flags:  # PEFT freezes all but its own
+        parameter.requires_grad_(flag)
     if not lora_layers(unet, inner):
         raise AdapterError(
             "The adapter's config matches no module of this base. Use the base it was tuned for."

@@ -132,12 +132,12 @@ def test_every_scheduler_starts_at_the_noise_that_the_inversion_reached(
 def test_an_inversion_is_undone_by_sampling_without_guidance_the_better_the_finer_it_is(which, request, clip):
     pipe = request.getfixturevalue(which)
     errors = []
-    for steps in (40, 160):
+    for steps in (20, 80):
         inversion = pipe.invert(clip, num_inference_steps=steps, depth=0.2)
         back = pipe("", inversion=inversion, guidance_scale=1, depth=0.2).latents
         moved = (inversion.trajectory[-1] - inversion.clean).abs().mean()
         errors.append((back - inversion.clean).abs().mean() / moved)
-    assert errors[1] < 0.15
+    assert errors[1] < 0.25
     assert errors[1] < 0.4 * errors[0]  # of first order in the step, so about a quarter
 
 

@@ -80,8 +80,7 @@ def test_the_same_settings_give_the_same_bytes(pipe, clip, tmp_path):
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
-@pytest.mark.parametrize("preset", ["paper", "hybrid", "lite"])
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize(("preset", "stop"), [("paper", 1), ("hybrid", 2), ("lite", 4)])
 def test_a_stopped_tuning_resumes_to_the_same_bytes(pipe, clip, tmp_path, preset, stop):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     tuned(pipe, clip, f"adapter.preset={preset}", output=whole)

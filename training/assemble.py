@@ -6,6 +6,7 @@ python training/assemble.py work/unet --vae work/vae/vae
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def main() -> None:
         options.output / "text_encoder" / "config.json"
     )  # else transformers 5 computes in half precision too
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    vae_config = options.output / "vae" / "config.json"  # diffusers notes the folder it came from
+    settings = json.loads(vae_config.read_text())
+    settings.pop("_name_or_path", None)
+    vae_config.write_text(json.dumps(settings, indent=2) + "\n")
     make_tokenizer(options.output / "tokenizer")  # with vocab.json and merges.txt, which older versions read
     size = sum(f.stat().st_size for f in options.output.rglob("*") if f.is_file())
     print(f"{options.output}: {state['step']} steps, {size / 1e6:.2f} MB")
