@@ -94,9 +94,8 @@ class Attachments:
     def _apply(self) -> None:
         inner = [slot.inner for slot in self._slots.values()]
         for path, layer in lora_layers(self.unet):
-            others = [
-                n for n in layer.active_adapters if not n.startswith("tav_slot_")
-            ]  # plain LoRAs of other tools
+            # plain LoRAs of other tools stay on
+            others = [n for n in layer.active_adapters if not n.startswith("tav_slot_")]
             layer.set_adapter(others + [n for n in inner if n in layer.r])
             layer.lora_A.requires_grad_(False)
             layer.lora_B.requires_grad_(False)
@@ -107,12 +106,11 @@ class Attachments:
 
     @torch.no_grad()
     def _apply_dense(self) -> None:
-        wanted: dict[str, list[tuple[float, Tensor, _Slot]]] = {}
+        wanted: dict[str, list[tuple[float, Tensor]]] = {}
         for slot in self._slots.values():
             for name, tensor in dense_tensors(slot.adapter).items():
-                wanted.setdefault(name, []).append(
-                    (slot.strength[part_of(split_name(name)[0])], tensor, slot)
-                )
+                strength = slot.strength[part_of(split_name(name)[0])]
+                wanted.setdefault(name, []).append((strength, tensor))
         for name in [*self._originals]:
             if name not in wanted:
                 _replace(_parameter(self.unet, name), self._originals.pop(name))
@@ -127,20 +125,18 @@ def _replace(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor, _Slot]]) -> Tensor:
-    """Sum W0 + Σ s·ΔW in float32; a dense T-Attn tensor is absolute, ΔW counts from its recorded initial value."""
-    active = [(s, tensor, slot) for s, tensor, slot in terms if s != 0.0]
+def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor]]) -> Tensor:
+    """Sum W0 + Σ s·ΔW in float32; a T-Attn tensor is absolute, and its ΔW counts from W0, the initial value."""
+    active = [(strength, tensor) for strength, tensor in terms if strength != 0.0]
     if not active:
         return original
+    if is_temporal(name) and len(active) == 1 and active[0][0] == 1.0:
+        return active[0][1]  # W0 + (W - W0) without its rounding
     total = original.float()
-    for strength, tensor, slot in active:
+    for strength, tensor in active:
         update = tensor.to(total.device, torch.float32)
         if is_temporal(name):
-            seed = slot.adapter.provenance.temporal_init.seed
-            first = temporal_init.initial(name, tensor.shape, seed).to(total.device)
-            if len(active) == 1 and strength == 1.0 and torch.equal(first.to(original.dtype), original):
-                return update  # W0 + (W - W0) without its rounding
-            update = update - first
+            update = update - original.float()
         total = total + strength * update
     return total
 
@@ -307,9 +303,8 @@ def remove_lora(unet: InflatedUNet, inner: str) -> None:
     """Take one PEFT adapter off; layers that carry no other become the plain modules they wrapped."""
     for path, layer in lora_layers(unet):
         if inner in layer.r:
-            layer.set_adapter(
-                [n for n in layer.active_adapters if n != inner]
-            )  # else PEFT chooses another itself
+            # else PEFT chooses another itself
+            layer.set_adapter([n for n in layer.active_adapters if n != inner])
             layer.delete_adapter(inner)
         if not layer.r:
             parent, _, child = path.rpartition(".")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,18 +14,19 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from tav_peft import autoencoding, formats
 from tav_peft import base as bases
-from tav_peft import formats
 from tav_peft.adapter import Adapter
 from tav_peft.attaching import Attachments, Strength
 from tav_peft.clip import Clip
+from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet, inflate
 from tav_peft.inversion import Inversion, invert
 from tav_peft.sampling import set_timesteps, start_scale
-from tav_peft.shapes import Latents, TextStates
+from tav_peft.shapes import Latents
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,19 +44,24 @@ class EditOutput:
 class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
 
-    `pipe.unet` is the inflated UNet (see `inflate`); the scheduler starts as the base's DDIM and may be replaced by any
-    diffusers scheduler. Offloading, devices and dtypes work as in every diffusers pipeline.
+    The base is a Stable Diffusion 1.x, 2.x or XL, the last with its second text encoder and tokenizer. `pipe.unet` is
+    the inflated UNet (see `inflate`); the scheduler starts as the base's DDIM and may be replaced by any diffusers
+    scheduler. Offloading, devices and dtypes work as in every diffusers pipeline.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ["text_encoder_2", "tokenizer_2"]  # noqa: RUF012  (diffusers adds it to a list)
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  (diffusers passes a base's parts by these names)
         self,
         vae: AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         super().__init__()
         if unet.config.in_channels != vae.config.latent_channels:
@@ -67,9 +75,11 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             tokenizer=tokenizer,
             unet=unet if isinstance(unet, InflatedUNet) else inflate(unet),
             scheduler=_ddim(scheduler),
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self._attachments = Attachments(self.unet)
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(cls, base: str | Path, **kwargs: Any) -> TuneAVideoPipeline:
@@ -88,9 +98,9 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BaseModelError(f"{base} cannot be loaded as a base: {reason}") from error
-        pipe.vae.requires_grad_(False)
-        pipe.text_encoder.requires_grad_(False)
-        pipe.unet.requires_grad_(False)
+        for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):
+            if model is not None:
+                model.requires_grad_(False)
         return pipe
 
     @property
@@ -98,6 +108,11 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Name of the base, without folders of this machine."""
         location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
         return bases.name_of(location) if location else "unnamed"
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str:
+        """Hash of the base's query projections; taken before the first adapter changes them, then kept."""
+        return bases.fingerprint(self.unet)
 
     # -- adapters ----------------------------------------------------------------------------------------
 
@@ -114,10 +129,8 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         if not isinstance(adapter, Adapter):
             adapter = formats.read(adapter)
-        if self._fingerprint is None:  # taken before any adapter changes the weights
-            self._fingerprint = bases.fingerprint(self.unet)
         tuned_on = adapter.provenance.base
-        if tuned_on.fingerprint != self._fingerprint:
+        if tuned_on.fingerprint != self.base_fingerprint:
             _LOG.warning(
                 "The adapter was tuned on another base (%s); it is stacked onto %s.",
                 tuned_on.name,
@@ -152,57 +165,53 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     # -- text and pixels ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> TextStates:
-        """Encode prompts to the states the UNet attends to, (prompts, tokens, width).
+    def encode_prompts(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Conditions:
+        """Encode prompts to what the UNet is told, one row each.
+
+        `size` is the clip's height and width in pixels, which SDXL is told too; not given, the base's own.
 
         Raises:
-            TavError: when a prompt is longer than the text encoder reads.
+            TavError: when a prompt is longer than a text encoder reads.
 
         """
-        limit = self.tokenizer.model_max_length
-        for prompt in prompts:
-            count = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if count > limit:
-                raise TavError(
-                    f"The prompt {prompt!r} has {count} tokens, this base reads {limit} (two are marks). Shorten it."
-                )
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt")
-        states: Tensor = self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
-        return states.to(self.unet.dtype)
+        device = self._execution_device
+        if self.text_encoder_2 is None:
+            told = encode_clip_text(prompts, self.tokenizer, self.text_encoder, device)
+        else:
+            own = self.unet.config.sample_size * autoencoding.pixels_per_latent(self.vae)
+            told = encode_sdxl_text(
+                prompts,
+                (self.tokenizer, self.tokenizer_2),
+                (self.text_encoder, self.text_encoder_2),
+                device,
+                size=size or (own, own),
+                empty_is_zero=self.config.force_zeros_for_empty_prompt,
+            )
+        return told.to(self.unet.dtype)
 
-    @torch.no_grad()
     def encode_moments(self, clip: Clip) -> tuple[Latents, Latents]:
-        """Encode a clip one frame at a time to its posterior's mean and standard deviation, unscaled latents."""
-        self._check_size(clip.height, clip.width)
-        frames = clip.tensor()[0].transpose(0, 1).to(self._execution_device, self.vae.dtype)  # f c h w
-        posteriors = [self.vae.encode(frame[None]).latent_dist for frame in frames]
-        mean = torch.cat([p.mean for p in posteriors]).transpose(0, 1)[None]
-        std = torch.cat([p.std for p in posteriors]).transpose(0, 1)[None]
-        return mean, std
+        """Encode a clip to its posterior's mean and standard deviation, unscaled latents."""
+        return autoencoding.encode_moments(self.vae, clip, self._execution_device)
 
     def encode_clip(self, clip: Clip) -> Latents:
         """Encode a clip to its clean latents, (1, channels, frames, height, width): the posterior's mean, scaled."""
         mean, _ = self.encode_moments(clip)
         return mean.to(self.unet.dtype) * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def decode_latents(self, latents: Latents, *, like: Clip | None = None, fps: float = 8.0) -> list[Clip]:
-        """Decode each row of clean latents to a clip, one frame at a time; `like` lends its frame rate and sound."""
-        clips = []
-        for video in latents:
-            frames = (video / self.vae.config.scaling_factor).transpose(0, 1).to(self.vae.dtype)  # f c h w
-            decoded = torch.cat([self.vae.decode(frame[None]).sample.float().cpu() for frame in frames])
-            clips.append(Clip.from_tensor(decoded.transpose(0, 1), like=like, fps=fps))
-        return clips
+        """Decode each row of clean latents to a clip; `like` lends its frame rate and sound."""
+        return autoencoding.decode(self.vae, latents, like=like, fps=fps)
 
-    def _check_size(self, height: int, width: int) -> None:
-        # the latents must halve evenly at every level for the skips to meet; the UNet itself pads odd sizes
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if height % factor or width % factor:
-            raise TavError(
-                f"The clip is {width}x{height}, this base needs multiples of {factor}. Read it with a `size` that is."
-            )
+    def predict(self, latents: Latents, timestep: Tensor | int, conditions: Conditions) -> Latents:
+        """Run the UNet: the noise or velocity it sees in latents of as many rows as there are conditions."""
+        output: Latents = self.unet(
+            latents, timestep, conditions.text, added_cond_kwargs=conditions.added
+        ).sample
+        return output
+
+    def _size_of(self, latents: Latents) -> tuple[int, int]:
+        factor = autoencoding.pixels_per_latent(self.vae)
+        return latents.shape[-2] * factor, latents.shape[-1] * factor
 
     # -- inversion and editing ---------------------------------------------------------------------------
 
@@ -235,11 +244,10 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise TavError(
                 f"Latents of shape {tuple(latents.shape)}: give (1, channels, frames, height, width)."
             )
-        text = self.encode_prompts([""])
+        nothing = self.encode_prompts([""], size=self._size_of(latents))
 
         def predict(x: Latents, timestep: int) -> Latents:
-            output: Latents = self.unet(x, timestep, text).sample
-            return output
+            return self.predict(x, timestep, nothing)
 
         steps = max(1, round(depth * num_inference_steps))
         scheduler = self.inversion_scheduler()
@@ -281,23 +289,20 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             steps = inversion.num_inference_steps if inversion else 50
         _check_steps(steps, depth)
         start, inverted = self._start(inversion, latents, steps, depth)
-        states = self.encode_prompts([*prompts, negative_prompt])
-        done, total = 0, len(set_timesteps(self.scheduler, steps, start.device, inverted)) * len(prompts)
+        told = self.encode_prompts([*prompts, negative_prompt], size=self._size_of(start))
+        done = itertools.count(1)
 
-        def tick() -> None:
-            nonlocal done
-            done += 1
+        def tick(timesteps: Tensor) -> None:
             if progress is not None:
-                progress(done, total)
+                progress(next(done), len(timesteps) * len(prompts))
 
         results = []
-        for text in states[:-1]:
-            pair = torch.stack([states[-1], text]) if guidance_scale != 1 else text[None]
-            timesteps = set_timesteps(
-                self.scheduler, steps, start.device, inverted
-            )  # forgets the last prompt
+        for row in range(len(prompts)):
+            conditions = told.rows(-1, row) if guidance_scale != 1 else told.rows(row)
+            # a scheduler may remember the last prompt's steps; setting the timesteps makes it forget them
+            timesteps = set_timesteps(self.scheduler, steps, start.device, inverted)
             first = start * start_scale(self.scheduler, inverted is not None)
-            results.append(self._sample(first, pair, timesteps, guidance_scale, generator, tick))
+            results.append(self._sample(first, conditions, timesteps, guidance_scale, generator, tick))
         clean = torch.cat(results)
         fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
         clips = self.decode_latents(clean, like=like, fps=fps)
@@ -330,26 +335,26 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _sample(
         self,
         latents: Latents,
-        text: Tensor,
+        conditions: Conditions,
         timesteps: Tensor,
         guidance_scale: float,
         generator: torch.Generator | None,
-        tick: Callable[[], None],
+        tick: Callable[[Tensor], None],
     ) -> Latents:
         """Sample through the timesteps with classifier-free guidance (Ho & Salimans 2022).
 
-        `text` has the prompt's states, or two rows: those of the negative prompt and those of the prompt.
+        `conditions` are the prompt's, or two rows: those of the negative prompt and those of the prompt.
         """
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
         for timestep in timesteps:
-            scaled = self.scheduler.scale_model_input(latents, timestep).expand(len(text), -1, -1, -1, -1)
-            output = self.unet(scaled, timestep, text).sample
-            if len(text) == 2:
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            output = self.predict(scaled.expand(len(conditions), -1, -1, -1, -1), timestep, conditions)
+            if len(conditions) == 2:
                 without, with_text = output.chunk(2)
                 output = without + guidance_scale * (with_text - without)
             latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
-            tick()
+            tick(timesteps)
         return latents
 
 
@@ -365,9 +370,8 @@ def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
 
 
 def _check_steps(num_inference_steps: int, depth: float) -> None:
-    if (
-        not 1 <= num_inference_steps <= 999
-    ):  # with offset 1, a thousandth would stand outside of the 1000 timesteps
+    # with offset 1, a thousandth would stand outside of the 1000 timesteps
+    if not 1 <= num_inference_steps <= 999:
         raise TavError(f"{num_inference_steps} steps: give between 1 and 999.")
     if not 0 < depth <= 1:
         raise TavError(f"depth {depth:g}: give more than 0 and at most 1 (the paper's).")

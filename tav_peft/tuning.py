@@ -23,11 +23,12 @@ from tav_peft import temporal_init
 from tav_peft.adapter import LATENTS, Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
 from tav_peft.attaching import temporal_fingerprint
 from tav_peft.clip import Clip
+from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
 from tav_peft.recipe import Recipe, TrainingSection
-from tav_peft.shapes import DTYPES, Latents, TextStates
+from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.trainable import Trainable, trainable
 
@@ -72,10 +73,11 @@ def tune(
     settings, dtype = recipe.training, DTYPES[recipe.adapter.dtype]
     subset = Subset(recipe.adapter.preset, recipe.adapter.parts, recipe.adapter.blocks)
     provenance = _provenance(pipe, clip, prompt, recipe, subset)
-    moments, text = pipe.encode_moments(clip), pipe.encode_prompts([prompt])
+    moments = pipe.encode_moments(clip)
+    told = pipe.encode_prompts([prompt], size=(clip.height, clip.width))
     kept = {LATENTS: pipe.encode_clip(clip).cpu().to(dtype)} if keep_latents else {}
     generator = torch.Generator().manual_seed(settings.seed)
-    loss_of = partial(denoising_loss, pipe, moments, text, generator)
+    loss_of = partial(denoising_loss, pipe, moments, told, generator)
     with (
         _accelerator(pipe, settings.precision) as accelerator,
         trainable(
@@ -172,7 +174,7 @@ def _key(recipe: Recipe, provenance: Provenance) -> str:
 def denoising_loss(
     pipe: TuneAVideoPipeline,
     moments: tuple[Latents, Latents],
-    text: TextStates,
+    conditions: Conditions,
     generator: torch.Generator,
 ) -> Tensor:
     """Draw latents, noise and a timestep, and return the mean squared error of the prediction (Ho et al. 2020, eq. 14).
@@ -181,15 +183,15 @@ def denoising_loss(
     timestep. `moments` are the posterior's mean and standard deviation, (1, channels, frames, height, width).
     """
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    mean, std = (m.to(text.device, torch.float32) for m in moments)
+    mean, std = (m.to(conditions.text.device, torch.float32) for m in moments)
     folded = mean.transpose(1, 2)[0].shape  # drawn as the original does, frames first
     draw = torch.randn(folded, generator=generator).transpose(0, 1)[None].to(mean.device)
     latents = (mean + std * draw) * pipe.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator).to(mean.device)
     timesteps = noise_schedule.config.num_train_timesteps
     timestep = torch.randint(0, timesteps, (len(latents),), generator=generator).to(mean.device)
-    noisy = noise_schedule.add_noise(latents, noise, timestep).to(text.dtype)
-    predicted = pipe.unet(noisy, timestep, text).sample
+    noisy = noise_schedule.add_noise(latents, noise, timestep).to(conditions.text.dtype)
+    predicted = pipe.predict(noisy, timestep, conditions)
     if noise_schedule.config.prediction_type == "v_prediction":
         target = noise_schedule.get_velocity(latents, noise, timestep)
     else:
@@ -247,7 +249,7 @@ def _provenance(
         caption=prompt,
         base=BaseModelInfo(
             name=pipe.base_name,
-            fingerprint=bases.fingerprint(pipe.unet),
+            fingerprint=pipe.base_fingerprint,
             architecture=bases.architecture(pipe.unet),
             prediction_type=pipe.scheduler.config.prediction_type,
         ),

@@ -55,7 +55,7 @@ def test_guidance_is_the_weighted_difference_of_both_predictions(pipe, inversion
     start, t = inversion.trajectory[-1:], pipe.scheduler.timesteps[0]
     states = pipe.encode_prompts(["", "a man"])
     with torch.no_grad():
-        without, with_text = (pipe.unet(start, t, s[None]).sample for s in states)
+        without, with_text = (pipe.predict(start, t, states.rows(i)) for i in (0, 1))
     expected = pipe.scheduler.step(without + 5 * (with_text - without), t, start).prev_sample
     seen = []
     step = pipe.scheduler.step

@@ -44,7 +44,7 @@ def test_the_first_loss_is_the_objective_computed_by_hand(which, request, clip):
         schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         alpha = schedule.alphas_cumprod[t].reshape(1, 1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        predicted = pipe.unet(noisy, t, pipe.encode_prompts(["a man is skiing"])).sample
+        predicted = pipe.unet(noisy, t, pipe.encode_prompts(["a man is skiing"]).text).sample
         v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
         expected = (predicted - (noise if which == "pipe" else v)).square().mean().item()
     assert losses_of(pipe, clip, "training.steps=1")[0] == pytest.approx(expected, rel=1e-4)
