@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ install_import_hook(
         f"tav_peft.{module}"
         for module in (
             "attention",
+            "autoencoding",
+            "conditions",
             "inflation",
             "inversion",
             "pipeline",
@@ -36,7 +39,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tav_peft import temporal_init
 from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
@@ -133,6 +136,45 @@ def v_base(tmp_path_factory) -> Path:
     """A folder as of Stable Diffusion 2.1: v-prediction, linear projections, attention in float32."""
     folder = tmp_path_factory.mktemp("bases") / "tiny-v"
     return _write_base(folder, seed=2, unet=SD2, scheduler={"prediction_type": "v_prediction"})
+
+
+def _write_xl_base(folder: Path) -> Path:
+    """Add to a tiny base what SDXL has: a second text encoder, whose pooled text and the sizes enter the UNet."""
+    sizes = {"time_ids": 6 * 8}
+    _write_base(
+        folder, seed=3,
+        unet={
+            "cross_attention_dim": 2 * WIDTH, "use_linear_projection": True, "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "attention_head_dim": (2, 4),
+            "projection_class_embeddings_input_dim": WIDTH + sizes["time_ids"],
+        },
+    )  # fmt: skip
+    second = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    torch.manual_seed(4)
+    _randomise(CLIPTextModelWithProjection(second), 4).save_pretrained(folder / "text_encoder_2")
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in ("safety_checker", "requires_safety_checker"):
+        del index[name]
+    index |= {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_base(tmp_path_factory) -> Path:
+    """A folder as of Stable Diffusion XL: two text encoders, added conditions, transformers of several blocks."""
+    return _write_xl_base(tmp_path_factory.mktemp("bases") / "tiny-xl")
+
+
+@pytest.fixture
+def xl_pipe(xl_base) -> TuneAVideoPipeline:
+    return TuneAVideoPipeline.from_pretrained(xl_base)
 
 
 @pytest.fixture(scope="session")
