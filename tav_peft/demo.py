@@ -43,13 +43,8 @@ EDITS = {
 }
 
 
-@contextlib.contextmanager
-def _silent(_: str) -> Any:
-    yield _ignore
-
-
-def _ignore(done: int, total: int) -> None:
-    del done, total
+def _silent(_: str) -> contextlib.AbstractContextManager[Progress]:
+    return contextlib.nullcontext(lambda *_: None)
 
 
 def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _silent) -> dict[str, Any]:
