@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tav_peft.errors import AdapterError
 from tav_peft.presets import Subset, part_of
+from tav_peft.recipe import ModelSection
 from tav_peft.tensor_file import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -62,13 +63,14 @@ class TemporalInit(_Section):
 
 
 class Provenance(_Section):
-    """Everything about an adapter that is not a tensor."""
+    """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in."""
 
     format_version: int = FORMAT_VERSION
     caption: str
     base: BaseModelInfo
     clip: ClipInfo
     temporal_init: TemporalInit
+    model: ModelSection = ModelSection()
     subset: dict[str, Any]
     step: int
     recipe: dict[str, Any]

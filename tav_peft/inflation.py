@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,36 +16,36 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from tav_peft import temporal_init
-from tav_peft.attention import FrameCount, SparseCausalAttention
+from tav_peft.attention import FrameSettings, SpatioTemporalAttention
 from tav_peft.errors import BaseModelError
+from tav_peft.recipe import FrameAttention, FrameNorm, ModelSection
 from tav_peft.shapes import Latents, TextStates
 
 
-class JointGroupNorm(nn.GroupNorm):
-    """Group normalisation with statistics over all frames of a video together."""
+class VideoGroupNorm(nn.GroupNorm):
+    """Group normalisation with statistics over all frames of a video together, or over each frame alone."""
 
-    frame_count: FrameCount
+    frames: FrameSettings
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (batch·frames, channels, height, width)."""
-        frames = self.frame_count.value
-        if frames == 1:
+        if self.frames.count == 1 or self.frames.model.group_norm == "frame":
             return super().forward(x)
-        video = x.unflatten(0, (-1, frames)).transpose(1, 2)  # b c f h w
+        video = x.unflatten(0, (-1, self.frames.count)).transpose(1, 2)  # b c f h w
         return super().forward(video).transpose(1, 2).flatten(0, 1)  # (b f) c h w
 
 
 class VideoTransformerBlock(BasicTransformerBlock):
     """diffusers' transformer block followed by a residual self-attention over frames (T-Attn)."""
 
-    frame_count: FrameCount
+    frames: FrameSettings
     norm_temp: nn.LayerNorm
     attn_temp: Attention
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run attn1, attn2 and the feed-forward, then mix the frames at each position."""
         x = super().forward(*args, **kwargs)  # (b f) n c
-        frames, positions = self.frame_count.value, x.shape[1]
+        frames, positions = self.frames.count, x.shape[1]
         tracks = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(0, 1)  # (b n) f c
         tracks = self.attn_temp(self.norm_temp(tracks)) + tracks
         return tracks.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)  # (b f) n c
@@ -52,7 +54,8 @@ class VideoTransformerBlock(BasicTransformerBlock):
 class InflatedUNet(UNet2DConditionModel):
     """A `UNet2DConditionModel` over video latents: its weights and names, plus `attn_temp` and `norm_temp`.
 
-    Reproduces `UNet3DConditionModel` of the original implementation (Tune-A-Video, Wu et al. 2023, section 3.2).
+    Reproduces `UNet3DConditionModel` of the original implementation (Tune-A-Video, Wu et al. 2023, section 3.2), unless
+    its `variant` is another one. All variants have the same weights; `save_pretrained` keeps those, not the variant.
     """
 
     _repeated_blocks = ("VideoTransformerBlock",)
@@ -60,9 +63,27 @@ class InflatedUNet(UNet2DConditionModel):
     @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # diffusers reads the signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.frame_count = FrameCount()
+        self.frames = FrameSettings()
         self.temporal_seed: int | None = None
-        _teach_frames(self, self.frame_count)
+        _teach_frames(self, self.frames)
+
+    @property
+    def variant(self) -> ModelSection:
+        """How frames are treated; it may be set at any time."""
+        return self.frames.model
+
+    @variant.setter
+    def variant(self, model: ModelSection) -> None:
+        self.frames.model = model
+
+    @contextlib.contextmanager
+    def as_variant(self, model: ModelSection) -> Iterator[None]:
+        """Treat frames another way for a while."""
+        before, self.frames.model = self.frames.model, model
+        try:
+            yield
+        finally:
+            self.frames.model = before
 
     def forward(
         self,
@@ -79,7 +100,7 @@ class InflatedUNet(UNet2DConditionModel):
         `timestep` is a number or one a video; text states (batch, tokens, width) are shared by a video's frames.
         """
         batch, _, frames = sample.shape[:3]
-        self.frame_count.value = frames
+        self.frames.count = frames
 
         def per_frame(x: Tensor) -> Tensor:
             return x.repeat_interleave(frames, dim=0) if x.ndim and len(x) == batch else x
@@ -113,15 +134,24 @@ def is_temporal(name: str) -> bool:
     return ".attn_temp." in name or ".norm_temp." in name
 
 
-def inflate(unet: UNet2DConditionModel, *, temporal_seed: int = temporal_init.DEFAULT_SEED) -> InflatedUNet:
+def inflate(
+    unet: UNet2DConditionModel,
+    *,
+    temporal_seed: int = temporal_init.DEFAULT_SEED,
+    attention: FrameAttention = "sparse_causal",
+    group_norm: FrameNorm = "joint",
+) -> InflatedUNet:
     """Build the video model of a 2-D UNet; the 2-D weights are shared, not copied, and `unet` stays as it is.
 
     An untuned result treats equal frames exactly as `unet` does: the new temporal attention starts as an identity.
+    `attention` and `group_norm` are the result's first `variant`.
 
     Raises:
         BaseModelError: when the UNet has no self-attention that could be inflated.
+        RecipeError: when there is no such attention or group_norm.
 
     """
+    variant = ModelSection().replace(attention=attention, group_norm=group_norm)
     _refuse_unfit(unet)
     with torch.device("meta"):
         inflated: InflatedUNet = InflatedUNet.from_config(unet.config)
@@ -132,29 +162,29 @@ def inflate(unet: UNet2DConditionModel, *, temporal_seed: int = temporal_init.DE
             value = temporal_init.initial(name, parameter.shape, temporal_seed)
             state[name] = value.to(like.device, like.dtype)
     inflated.load_state_dict(state, assign=True)
-    inflated.temporal_seed = temporal_seed
+    inflated.temporal_seed, inflated.variant = temporal_seed, variant
     return inflated.train(unet.training)
 
 
-def _teach_frames(unet: nn.Module, frame_count: FrameCount) -> None:
+def _teach_frames(unet: nn.Module, frames: FrameSettings) -> None:
     """Change the class of the modules that must know about frames; their parameters and names stay."""
     module: Any
     for module in list(unet.modules()):
         if isinstance(module, BasicTransformerBlock):
             _add_temporal(module)
-            _become(module, VideoTransformerBlock, frame_count)
-            _become(module.attn1, SparseCausalAttention, frame_count)
+            _become(module, VideoTransformerBlock, frames)
+            _become(module.attn1, SpatioTemporalAttention, frames)
         elif isinstance(module, ResnetBlock2D):
-            _become(module.norm1, JointGroupNorm, frame_count)
-            _become(module.norm2, JointGroupNorm, frame_count)
+            _become(module.norm1, VideoGroupNorm, frames)
+            _become(module.norm2, VideoGroupNorm, frames)
     output_norm = getattr(unet, "conv_norm_out", None)
     if output_norm is not None:
-        _become(output_norm, JointGroupNorm, frame_count)
+        _become(output_norm, VideoGroupNorm, frames)
 
 
-def _become(module: nn.Module, kind: type[nn.Module], frame_count: FrameCount) -> None:
+def _become(module: nn.Module, kind: type[nn.Module], frames: FrameSettings) -> None:
     module.__class__ = kind
-    module.frame_count = frame_count  # type: ignore[assignment]
+    module.frames = frames  # type: ignore[assignment]
 
 
 def _add_temporal(block: BasicTransformerBlock) -> None:

@@ -48,14 +48,28 @@ Part = Literal["st_attn", "cross_attn", "t_attn"]
 Block = Literal["down", "mid", "up"]
 Fit = Literal["keep", "crop", "pad", "squash"]
 Precision = Literal["fp32", "fp16", "bf16"]
+FrameAttention = Literal["sparse_causal", "causal", "full", "frame"]
+FrameNorm = Literal["joint", "frame"]
 _Number = Annotated[float, BeforeValidator(_number)]
 _Item = TypeVar("_Item")
+_Model = TypeVar("_Model", bound="_Frozen")
 _List = Annotated[tuple[_Item, ...], Field(strict=False)]
 _Some = Annotated[_List[_Item], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def replace(self: _Model, **given: Any) -> _Model:
+        """Return these settings with the given ones in their place; None is "not given".
+
+        Raises:
+            RecipeError: a value is out of its range; every problem is named.
+
+        """
+        news = {name: value for name, value in given.items() if value is not None}
+        section = type(self).__name__.removesuffix("Section").lower()
+        return _checked(type(self), {**self.model_dump(), **news}, where=section)
 
 
 class ClipSection(_Frozen):
@@ -66,6 +80,18 @@ class ClipSection(_Frozen):
     stride: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_stride)] = None
     size: Annotated[int | tuple[int, int] | None, BeforeValidator(_size)] = None
     fit: Fit = "keep"
+
+
+class ModelSection(_Frozen):
+    """How the UNet treats frames: the paper's ways by default, and those it is compared with.
+
+    `attention` is what a frame's self-attention sees: the first and the former frame (sparse_causal), all frames up to
+    itself (causal), all frames (full), or itself alone (frame: no spatio-temporal attention). `group_norm` takes its
+    statistics over all frames (joint) or over each alone (frame).
+    """
+
+    attention: FrameAttention = "sparse_causal"
+    group_norm: FrameNorm = "joint"
 
 
 class AdapterSection(_Frozen):
@@ -103,16 +129,6 @@ class EditingSection(_Frozen):
     depth: Annotated[_Number, Field(gt=0, le=1)] = 1.0
     negative_prompt: str = ""
 
-    def replace(self, **given: Any) -> "EditingSection":
-        """Return these settings with the given ones in their place; None is "not given".
-
-        Raises:
-            RecipeError: a value is out of its range; every problem is named.
-
-        """
-        news = {name: value for name, value in given.items() if value is not None}
-        return _checked(EditingSection, {**self.model_dump(), **news}, where="editing")
-
 
 class Recipe(_Frozen):
     """Every setting of a tuning; `prompt` is the clip's caption and `edits` are prompts worth trying."""
@@ -123,6 +139,7 @@ class Recipe(_Frozen):
     prompt: str | None = None
     edits: _List[str] = ()
     clip: ClipSection = ClipSection()
+    model: ModelSection = ModelSection()
     adapter: AdapterSection = AdapterSection()
     training: TrainingSection = TrainingSection()
     editing: EditingSection = EditingSection()
@@ -237,9 +254,6 @@ def _repeated(node: yaml.Node | None) -> Iterator[str]:
         yield from (key for key in keys if keys.count(key) > 1)
         for _, value in node.value:
             yield from _repeated(value)
-
-
-_Model = TypeVar("_Model", bound=_Frozen)
 
 
 def _checked(

@@ -7,9 +7,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from tav_peft.errors import BaseModelError
+from tav_peft.errors import BaseModelError, RecipeError
 from tav_peft.inflation import InflatedUNet, inflate, is_temporal
 from tav_peft.presets import Subset
+from tav_peft.recipe import ModelSection
 from tav_peft.trainable import trainable
 
 
@@ -40,6 +41,81 @@ def test_one_frame_is_the_2d_unet(flat, text, noise):
     got = inflate(flat)(image[:, :, None], torch.tensor([7, 900]), both).sample[:, :, 0]
     expected = flat(image, torch.tensor([7, 900]), both).sample
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_untuned_without_anything_between_frames_it_is_the_2d_unet_on_each_frame(flat, text, noise):
+    """Per-frame Stable Diffusion: not a bit differs from the 2-D UNet on the frames as a batch."""
+    unet, clips = inflate(flat, attention="frame", group_norm="frame"), noise(2, 4, 3, 8, 8)
+    texts, timesteps = torch.cat([text, -text]), torch.tensor([7, 700])
+    got = unet(clips, timesteps, texts).sample
+    folded = clips.transpose(1, 2).flatten(0, 1)
+    expected = flat(folded, timesteps.repeat_interleave(3), texts.repeat_interleave(3, dim=0)).sample
+    assert torch.equal(got.transpose(1, 2).flatten(0, 1), expected)
+    for b in range(2):
+        for i in range(3):
+            alone = flat(clips[b : b + 1, :, i], timesteps[b], texts[b : b + 1]).sample
+            torch.testing.assert_close(
+                got[b : b + 1, :, i], alone, rtol=0, atol=2e-6 * alone.abs().max().item()
+            )
+
+
+# what is the 2-D UNet again where all frames are equal, whichever of them a frame sees
+@pytest.mark.parametrize("attention", ["causal", "full", "frame"])
+@torch.no_grad()
+def test_equal_frames_are_each_the_2d_unet_in_every_variant(flat, text, attention, noise):
+    image = noise(1, 4, 8, 8)
+    expected = flat(image, 7, text).sample
+    got = inflate(flat, attention=attention)(image[:, :, None].expand(-1, -1, 4, -1, -1), 7, text).sample
+    for i in range(4):
+        torch.testing.assert_close(got[:, :, i], expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+
+
+VARIANTS = [
+    ModelSection(attention=attention, group_norm=group_norm)
+    for attention in ("sparse_causal", "causal", "full", "frame")
+    for group_norm in ("joint", "frame")
+]
+
+
+@torch.no_grad()
+def test_every_variant_is_another_function_of_the_same_weights(flat, text, noise):
+    unet, clip = inflate(flat), noise(1, 4, 4, 8, 8)
+    state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    outputs = []
+    for variant in VARIANTS:
+        unet.variant = variant
+        outputs.append(unet(clip, 7, text).sample)
+    for i, output in enumerate(outputs):
+        assert all((output - other).abs().max() > 1e-3 for other in outputs[:i])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.attention}-{v.group_norm}")
+def test_switched_at_run_time_it_is_what_inflation_gives(flat, text, variant, noise):
+    clip, switched = noise(1, 4, 3, 8, 8), inflate(flat)
+    before = switched(clip, 7, text).sample
+    expected = inflate(flat, **variant.model_dump())(clip, 7, text).sample
+    with switched.as_variant(variant):
+        assert torch.equal(switched(clip, 7, text).sample, expected)
+    assert switched.variant == ModelSection()
+    assert torch.equal(switched(clip, 7, text).sample, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sparse_causal", "causal"])
+def test_causal_attention_lets_no_later_frame_in(flat, text, attention, noise):
+    unet, clip = inflate(flat, attention=attention, group_norm="frame"), noise(1, 4, 4, 8, 8)
+    changed = clip.clone()
+    changed[:, :, 2] += 1
+    same = (unet(clip, 7, text).sample == unet(changed, 7, text).sample).all(dim=(0, 1, 3, 4))
+    assert same.tolist() == [True, True, False, False]
+
+
+def test_an_unknown_variant_is_refused(flat):
+    with pytest.raises(RecipeError, match=r"model: attention: .* not 'ful'\. Did you mean 'full'\?"):
+        inspect.unwrap(inflate)(flat, attention="ful")
 
 
 @torch.no_grad()

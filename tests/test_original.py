@@ -95,7 +95,7 @@ def test_a_transformer_of_sd2_gives_what_was_recorded():
     transformer = unet.get_submodule("down_blocks.1.attentions.0").eval()
     transformer.load_state_dict(tensors)
     frames = given.shape[2]
-    unet.frame_count.value = frames
+    unet.frames.count = frames
     with torch.no_grad():
         folded = given.transpose(1, 2).flatten(0, 1)  # (b f) c h w
         states = text.repeat_interleave(frames, dim=0)
