@@ -17,7 +17,7 @@ Base = Annotated[str | None, Option("--base", help="pocket, a folder in diffuser
 Device = Annotated[
     str | None, Option("--device", help="cpu, cuda, cuda:1, mps. Not given: a GPU if there is one.")
 ]
-SamplingSteps = Annotated[int | None, Option("--steps", min=1, max=1000, help="DDIM steps.")]
+SamplingSteps = Annotated[int | None, Option("--steps", min=1, max=999, help="DDIM steps.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Where the result goes.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already there.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]

@@ -317,6 +317,10 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise TavError("Give either an inversion (from `pipe.invert`) or noise latents to start from.")
         if inversion is None:
             assert latents is not None
+            if depth != 1:
+                raise TavError(
+                    f"depth {depth:g} needs an inversion; noise latents are sampled from the start."
+                )
             return latents.to(self._execution_device, self.unet.dtype), None
         if steps != inversion.num_inference_steps:
             raise TavError(

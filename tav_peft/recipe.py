@@ -125,7 +125,7 @@ class EditingSection(_Frozen):
     """How the tuned model is sampled unless an edit says otherwise."""
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    num_inference_steps: Annotated[int, Field(ge=1, le=999)] = 50
     depth: Annotated[_Number, Field(gt=0, le=1)] = 1.0
     negative_prompt: str = ""
 

@@ -84,6 +84,7 @@ def tune(
             pipe.unet, subset, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=settings.seed
         ) as part,
         _checkpointing(pipe, settings.gradient_checkpointing),
+        pipe.unet.as_variant(recipe.model),
     ):
         optimizer = _optimizer(part, settings)
         key = _key(recipe, provenance)
@@ -164,6 +165,7 @@ def _key(recipe: Recipe, provenance: Provenance) -> str:
     """Hash what a resumed tuning must share with the one it goes on with."""
     return settings_key(
         training=recipe.training.model_dump(exclude={"save_every"}),
+        model=recipe.model.model_dump(),
         adapter=recipe.adapter.model_dump(),
         caption=provenance.caption,
         clip=provenance.clip.fingerprint,
@@ -192,10 +194,11 @@ def denoising_loss(
     timestep = torch.randint(0, timesteps, (len(latents),), generator=generator).to(mean.device)
     noisy = noise_schedule.add_noise(latents, noise, timestep).to(conditions.text.dtype)
     predicted = pipe.predict(noisy, timestep, conditions)
-    if noise_schedule.config.prediction_type == "v_prediction":
-        target = noise_schedule.get_velocity(latents, noise, timestep)
-    else:
-        target = noise
+    target = {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: noise_schedule.get_velocity(latents, noise, timestep),
+        "sample": lambda: latents,
+    }[noise_schedule.config.prediction_type]()
     return F.mse_loss(predicted.float(), target.float())
 
 
@@ -266,6 +269,7 @@ def _provenance(
         temporal_init=TemporalInit(
             name=temporal_init.NAME, seed=seed, fingerprint=temporal_fingerprint(pipe.unet, seed)
         ),
+        model=recipe.model,
         subset=dataclasses.asdict(subset),
         step=0,
         recipe=recipe.model_copy(update={"base": pipe.base_name}).model_dump(mode="json"),

@@ -259,3 +259,8 @@ def test_an_inpainting_base_is_refused(base, tmp_path):
     UNet2DConditionModel.from_config(config).save_pretrained(inpainting / "unet")
     with pytest.raises(BaseModelError, match="The UNet takes 9 channels, the VAE makes 4"):
         TuneAVideoPipeline.from_pretrained(inpainting)
+
+
+def test_a_depth_without_an_inversion_is_refused(pipe, noise):
+    with pytest.raises(TavError, match="needs an inversion"):
+        pipe("a man", latents=noise(1, 4, 2, 8, 8), num_inference_steps=2, depth=0.5)

@@ -1,12 +1,14 @@
 """Tuning: the objective and the update are the paper's; nothing is lost when it stops."""
 
+import itertools
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from tav_peft.adapter import Adapter
 from tav_peft.errors import TuningError
-from tav_peft.recipe import Recipe
+from tav_peft.recipe import ModelSection, Recipe
 from tav_peft.tuning import tune
 
 FEW = Recipe().override(["training.steps=5", "training.lr=1e-3", "training.save_every=2", "adapter.rank=2"])
@@ -30,9 +32,11 @@ def stop_at(step):
     return progress
 
 
-@pytest.mark.parametrize("which", ["pipe", "v_pipe"])
+@pytest.mark.parametrize("which", ["pipe", "v_pipe", "sample"])
 def test_the_first_loss_is_the_objective_computed_by_hand(which, request, clip):
-    pipe = request.getfixturevalue(which)
+    pipe = request.getfixturevalue("pipe" if which == "sample" else which)
+    if which == "sample":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample")
     generator = torch.Generator().manual_seed(33)
     with torch.no_grad():
         frames = clip.tensor()[0].transpose(0, 1)
@@ -46,7 +50,8 @@ def test_the_first_loss_is_the_objective_computed_by_hand(which, request, clip):
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         predicted = pipe.unet(noisy, t, pipe.encode_prompts(["a man is skiing"]).text).sample
         v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        expected = (predicted - (noise if which == "pipe" else v)).square().mean().item()
+        target = {"pipe": noise, "v_pipe": v, "sample": latents}[which]
+        expected = (predicted - target).square().mean().item()
     assert losses_of(pipe, clip, "training.steps=1")[0] == pytest.approx(expected, rel=1e-4)
 
 
@@ -250,3 +255,25 @@ def test_adapters_must_be_off_for_a_new_tuning(pipe, clip, make_adapter):
 def test_an_output_that_is_no_safetensors_file_is_refused(pipe, clip, tmp_path):
     with pytest.raises(TuningError, match=r"one \.safetensors file"):
         tuned(pipe, clip, output=tmp_path / "a.bin")
+
+
+def test_a_variant_is_tuned_and_the_unet_is_its_own_again(pipe, clip):
+    own = ModelSection(attention="causal")
+    pipe.unet.variant = own
+    losses = losses_of(pipe, clip, "training.steps=1")
+    seen = []
+    full = tuned(pipe, clip, "model.attention=full", progress=lambda _: seen.append(pipe.unet.variant))
+    assert full.provenance.model == seen[0] == ModelSection(attention="full")
+    assert pipe.unet.variant == own
+    others = [losses_of(pipe, clip, "training.steps=1", f"model.{field}")
+              for field in ("attention=full", "attention=causal", "attention=frame", "group_norm=frame")]  # fmt: skip
+    assert len({*losses, *itertools.chain(*others)}) == 5
+
+
+def test_an_unfinished_tuning_of_another_variant_is_not_taken_over(pipe, clip, tmp_path):
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        tuned(pipe, clip, output=file, progress=stop_at(2))
+    assert pipe.unet.variant == ModelSection()
+    with pytest.raises(TuningError, match="other settings"):
+        tuned(pipe, clip, "model.attention=full", output=file)
