@@ -18,7 +18,7 @@ from tav_peft.base import architecture
 from tav_peft.errors import AdapterError
 from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, part_of
-from tav_peft.recipe import Part
+from tav_peft.recipe import ModelSection, Part
 
 Strength = float | Mapping[Part, float]
 
@@ -36,13 +36,15 @@ class Attachments:
     """The adapters on one UNet.
 
     Every module follows one law, W = W0 + Σ strength · ΔW, so strength 0 is exactly the base. LoRAs are PEFT layers;
-    a dense update takes the weight's place, whose first value is kept and put back bit for bit.
+    a dense update takes the weight's place, whose first value is kept and put back bit for bit. The first adapter
+    switches the UNet to the variant it was tuned in, and the last one to go switches it back.
     """
 
     def __init__(self, unet: InflatedUNet) -> None:
         self.unet = unet
         self._slots: dict[str, _Slot] = {}
         self._originals: dict[str, Tensor] = {}
+        self._own_variant = unet.variant
         self._count = 0
 
     @property
@@ -54,7 +56,8 @@ class Attachments:
         """Add an adapter under a name.
 
         Raises:
-            AdapterError: when the name is taken or the adapter does not fit the UNet, tensor by tensor.
+            AdapterError: when the name is taken, the adapter does not fit the UNet, tensor by tensor, or those on it were
+                tuned in another variant.
 
         """
         if name in self._slots:
@@ -63,11 +66,14 @@ class Attachments:
             )
         strengths = by_part(strength)
         audit(adapter, self.unet)
+        self._audit_variant(adapter)
         self._count += 1
         slot = _Slot(adapter, f"tav_slot_{self._count}", strengths)
         if adapter.peft_config is not None:
             inject_lora(self.unet, lora_config(adapter.peft_config), slot.inner)
             _fill_lora(self.unet, adapter, slot.inner)
+        if not self._slots:
+            self._own_variant, self.unet.variant = self.unet.variant, adapter.provenance.model
         self._slots[name] = slot
         self._apply()
 
@@ -75,6 +81,8 @@ class Attachments:
         """Take an adapter off; the last one leaves the UNet bit for bit as it was."""
         slot = self._slots.pop(self._known(name))
         remove_lora(self.unet, slot.inner)
+        if not self._slots:
+            self.unet.variant = self._own_variant
         self._apply()
 
     def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
@@ -83,6 +91,14 @@ class Attachments:
         for name, slot in self._slots.items():
             slot.strength = given.get(name, dict.fromkeys(PARTS, 0.0))
         self._apply()
+
+    def _audit_variant(self, adapter: Adapter) -> None:
+        theirs = {slot.adapter.provenance.model for slot in self._slots.values()} - {adapter.provenance.model}
+        if theirs:
+            raise AdapterError(
+                f"The adapter was tuned with {_words(adapter.provenance.model)}, {', '.join(self.names)} with "
+                f"{_words(theirs.pop())}. A UNet treats frames one way at a time: unload the one or the other."
+            )
 
     def _known(self, name: str) -> str:
         if name not in self._slots:
@@ -118,6 +134,10 @@ class Attachments:
             parameter = _parameter(self.unet, name)
             original = self._originals.setdefault(name, parameter.data)
             _replace(parameter, _composite(name, original, terms))
+
+
+def _words(variant: ModelSection) -> str:
+    return " and ".join(f"{name} {value}" for name, value in variant)
 
 
 def _replace(parameter: nn.Parameter, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tav_peft.adapter import LATENTS, Adapter, split_name
 from tav_peft.errors import AdapterError
+from tav_peft.recipe import ModelSection
 from tav_peft.tensor_file import read_tensors, write_tensors
 
 MODULE = "mid_block.attentions.0.transformer_blocks.0"
@@ -107,6 +108,20 @@ def test_a_full_disk_leaves_the_old_adapter_and_nothing_else(call, file, make_ad
         make_adapter(seed=2).save(file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_file_from_before_there_were_variants_is_of_the_papers(file, changed):
+    header = json.loads(edit_header(file))
+    assert header.pop("model") == {"attention": "sparse_causal", "group_norm": "joint"}
+    assert Adapter.load(changed(tav_peft=json.dumps(header))).provenance.model == ModelSection()
+
+
+def test_the_variant_travels_in_the_file(file, changed):
+    variant = {"attention": "full", "group_norm": "frame"}
+    loaded = Adapter.load(changed(tav_peft=edit_header(file, model=variant)))
+    assert loaded.provenance.model == ModelSection(**variant)
+    with pytest.raises(AdapterError, match=r"model\.attention"):
+        Adapter.load(changed(tav_peft=edit_header(file, model={"attention": "ful"})))
 
 
 # -- names -------------------------------------------------------------------------------------------------

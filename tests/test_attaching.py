@@ -11,6 +11,7 @@ from tav_peft.adapter import Adapter
 from tav_peft.attaching import Attachments
 from tav_peft.errors import AdapterError
 from tav_peft.inflation import inflate, is_temporal
+from tav_peft.recipe import ModelSection
 
 PRESETS = ["paper", "hybrid", "lite"]
 MODULE = "mid_block.attentions.0.transformer_blocks.0"
@@ -376,3 +377,59 @@ def test_file_and_base_may_differ_in_precision(preset, stored, dtype, flat, nois
         out = unet(*inputs).sample
     assert out.dtype == dtype
     assert (out - plain).abs().max() > 0.01
+
+
+# -- variants ----------------------------------------------------------------------------------------------
+
+FULL = ModelSection(attention="full", group_norm="frame")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_adapter_of_another_variant_switches_the_unet_and_switches_it_back(
+    preset, flat, unet, run, make_adapter
+):
+    attachments, base = Attachments(unet), run()
+    attachments.attach("a", changed(make_adapter(preset), model=FULL))
+    other = inflate(flat)
+    Attachments(other).attach("a", make_adapter(preset))
+    other.variant = FULL
+    assert torch.equal(run(), run(other))
+    attachments.set_strengths({"a": 0.0})
+    assert torch.equal(run(), run(inflate(flat, **FULL.model_dump())))
+    attachments.detach("a")
+    assert unet.variant == ModelSection()
+    assert torch.equal(run(), base)
+
+
+def test_a_unets_own_variant_comes_back_only_with_the_last_adapter(flat, make_adapter):
+    unet = inflate(flat, attention="causal")
+    attachments = Attachments(unet)
+    for name in ("a", "b"):
+        attachments.attach(name, changed(make_adapter(), model=FULL))
+    attachments.detach("a")
+    assert unet.variant == FULL
+    attachments.detach("b")
+    assert unet.variant == ModelSection(attention="causal")
+
+
+def test_adapters_of_two_variants_are_refused(unet, run, make_adapter):
+    attachments = Attachments(unet)
+    attachments.attach("a", make_adapter())
+    before = run(), snapshot(unet)
+    message = (
+        "The adapter was tuned with attention full and group_norm frame, a with attention sparse_causal and "
+        "group_norm joint. A UNet treats frames one way at a time: unload the one or the other."
+    )
+    with pytest.raises(AdapterError, match=message):
+        attachments.attach("b", changed(make_adapter(seed=1), model=FULL))
+    assert attachments.names == ["a"]
+    assert torch.equal(run(), before[0])
+    assert_same(snapshot(unet), before[1])
+    attachments.detach("a")
+    attachments.attach("b", changed(make_adapter(seed=1), model=FULL))
+
+
+def test_a_refused_adapter_switches_nothing(unet, make_adapter):
+    adapter = changed(make_adapter(), model=FULL)
+    refused(unet, changed(adapter, dict(list(adapter.tensors.items())[1:])), "missing")
+    assert unet.variant == ModelSection()
