@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import BadParameter, Option
 
@@ -20,7 +20,11 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
-    strength: Annotated[float, Option(min=0, help="Of the adapter; 0 is exactly the base.")] = 1.0,
+    strength: Annotated[float, Option(min=0, help="Of the adapter; 0: without tuning, the base.")] = 1.0,
+    no_inversion: Annotated[
+        bool, Option("--no-inversion", help="Start from noise, not from the clip.")
+    ] = False,
+    seed: Annotated[int | None, Option(min=0, help="Of the noise, with --no-inversion.")] = None,
     device: options.Device = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
@@ -32,6 +36,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.recipe import EditingSection
     from tav_peft.sources import source_of
 
+    _check_start(no_inversion, seed, depth)
     tuned, began = formats.read(adapter), perf_counter()
     prompts = prompt or list(tuned.provenance.recipe.get("edits", ()))
     if not prompts:
@@ -41,16 +46,31 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
     )
     files = edit_files(prompts, output or Path(f"{adapter.stem}-edits"), overwrite)
-    source = source_of(tuned, adapter, clip)
+    recorded = tuned.provenance.clip
+    source = recorded if no_inversion and clip is None else source_of(tuned, adapter, clip)
     pipe = options.open_base(base or tuned.provenance.base.name, device)
     pipe.load_adapter(tuned, strength=strength)
-    with console.progress_bar("inverting") as moved:
-        inversion = pipe.invert(
-            source, num_inference_steps=how.num_inference_steps, depth=how.depth, progress=moved
-        )
-    like = source if isinstance(source, Clip) else None
+    start: dict[str, Any] = {"fps": recorded.fps, "like": source if isinstance(source, Clip) else None}
+    if no_inversion:
+        how = how.replace(depth=1.0)
+        start["latents"] = pipe.noise(source, seed or 0)
+    else:
+        with console.progress_bar("inverting") as moved:
+            start["inversion"] = pipe.invert(
+                source, num_inference_steps=how.num_inference_steps, depth=how.depth, progress=moved
+            )
     with console.progress_bar("editing") as moved:
-        clips = pipe(prompts, inversion=inversion, like=like, progress=moved, **how.model_dump()).clips
+        clips = pipe(prompts, **start, progress=moved, **how.model_dump()).clips
     edits = [write_edit(*each) for each in zip(clips, prompts, files, strict=True)]
-    details = {**how.model_dump(), "strength": strength, "seconds": round(perf_counter() - began, 1)}
+    details = {
+        **how.model_dump(), "strength": strength, "inversion": not no_inversion,
+        "seed": (seed or 0) if no_inversion else None, "seconds": round(perf_counter() - began, 1),
+    }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
+
+
+def _check_start(no_inversion: bool, seed: int | None, depth: float | None) -> None:
+    if no_inversion and depth is not None:
+        raise BadParameter("how far to invert, and --no-inversion inverts nothing.", param_hint="--depth")
+    if seed is not None and not no_inversion:
+        raise BadParameter("nothing is drawn after an inversion. Add --no-inversion.", param_hint="--seed")

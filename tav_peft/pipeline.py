@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from tav_peft import autoencoding, formats
 from tav_peft import base as bases
-from tav_peft.adapter import Adapter
+from tav_peft.adapter import Adapter, ClipInfo
 from tav_peft.attaching import Attachments, Strength
 from tav_peft.clip import Clip
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
@@ -121,10 +121,11 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Adapter:
         """Attach an adapter (a file, a PEFT folder, or what `tune` returned) and return it.
 
-        `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base.
+        `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base. The
+        UNet takes on the variant that the adapter was tuned in, until the last adapter is unloaded.
 
         Raises:
-            AdapterError: when the file is damaged or does not fit this base.
+            AdapterError: when the file is damaged, does not fit this base, or an adapter of another variant is loaded.
 
         """
         if not isinstance(adapter, Adapter):
@@ -209,6 +210,12 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         ).sample
         return output
 
+    def noise(self, clip: Clip | ClipInfo, seed: int = 0) -> Latents:
+        """Draw noise of the size of a clip's latents, to edit without an inversion; a seed is the same everywhere."""
+        factor = autoencoding.pixels_per_latent(self.vae)
+        shape = (1, self.unet.config.in_channels, clip.frames, clip.height // factor, clip.width // factor)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
     def _size_of(self, latents: Latents) -> tuple[int, int]:
         factor = autoencoding.pixels_per_latent(self.vae)
         return latents.shape[-2] * factor, latents.shape[-1] * factor
@@ -259,7 +266,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         return Inversion(trajectory.cpu(), num_inference_steps, info)
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: PLR0913  (options of one edit, named as in diffusers)
         self,
         prompt: str | Sequence[str],
         *,
@@ -271,13 +278,15 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents: Latents | None = None,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
+        fps: float | None = None,
         progress: Progress | None = None,
     ) -> EditOutput:
         """Make one clip for each prompt, all from the same inversion (or the same noise `latents`).
 
         `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
         noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `like` lends
-        frame rate and sound to the results. `generator` only matters to schedulers that add noise.
+        frame rate and sound to the results; without it `fps` is their frame rate, by default the inversion's, or 8.
+        `generator` only matters to schedulers that add noise.
 
         Raises:
             TavError: for prompts that are too long and impossible numbers.
@@ -304,7 +313,8 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             first = start * start_scale(self.scheduler, inverted is not None)
             results.append(self._sample(first, conditions, timesteps, guidance_scale, generator, tick))
         clean = torch.cat(results)
-        fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
+        if fps is None:
+            fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
         clips = self.decode_latents(clean, like=like, fps=fps)
         self.maybe_free_model_hooks()
         return EditOutput(clips, clean.cpu())

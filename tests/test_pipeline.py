@@ -82,6 +82,16 @@ def test_edits_start_from_given_noise_too(pipe, noise):
     assert out.clips[0].frames == 2
 
 
+def test_noise_is_of_a_clips_size_and_the_same_for_the_same_seed(pipe, clip, make_adapter):
+    noise = pipe.noise(clip, 7)
+    assert noise.shape == pipe.encode_clip(clip).shape
+    assert torch.equal(noise, pipe.noise(make_adapter().provenance.clip, 7))  # which has the clip's size
+    assert not torch.equal(noise, pipe.noise(clip))
+    two = pipe(["a man", "a man"], latents=noise, num_inference_steps=2, fps=12.5)
+    assert torch.equal(*two.latents)
+    assert [made.fps for made in two.clips] == [12.5, 12.5]
+
+
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
 def test_other_schedulers_of_diffusers_sample_as_well(pipe, inversion, kind):
     pipe.scheduler = kind.from_config(pipe.scheduler.config)

@@ -85,6 +85,9 @@ class Library:
         progress(1, 1)
         return SimpleNamespace(save=lambda path: path.write_bytes(b"latents"))
 
+    def noise(self, clip: Any, seed: int) -> Any:
+        return "noise", clip, seed
+
     def __call__(self, prompts: list[str], *, progress: Any, **options: Any) -> Any:
         self.edits.append({"prompts": prompts, **options})
         progress(1, 1)
@@ -106,6 +109,7 @@ class Library:
                 recipe=settings,
                 editing=settings["editing"],
                 base=SimpleNamespace(name="pocket"),
+                clip=SimpleNamespace(frames=8, height=64, width=64, fps=12.5),
                 model_dump=lambda **_: provenance,
             ),
         )

@@ -72,6 +72,28 @@ def test_one_prompt_may_name_its_file(library, tav):
     assert Path("out/x.png").exists()
 
 
+def test_without_inversion_all_prompts_start_from_one_seeded_noise_and_need_no_clip(library, tav):
+    prompts = ("--prompt", "a panda", "--prompt", "a fox")
+    library.recipe = library.recipe.override(["editing.depth=0.55"])
+    tav("edit", "a.safetensors", *prompts, "--no-inversion")
+    tav("edit", "a.safetensors", *prompts, "--no-inversion", "--seed", "7", "--clip", "b.mp4")
+    assert library.inversions == []
+    assert library.sources == [(Path("a.safetensors"), Path("b.mp4"))]
+    (_, recorded, unseeded), given = (edit["latents"] for edit in library.edits)
+    assert (recorded.frames, recorded.height, unseeded) == (8, 64, 0)
+    assert given == ("noise", library.source, 7)
+    assert [edit["like"] for edit in library.edits] == [None, library.source]
+    for edit in library.edits:
+        assert (edit["prompts"], edit["depth"], edit["fps"]) == (["a panda", "a fox"], 1.0, 12.5)
+        assert "inversion" not in edit
+
+
+def test_json_says_how_the_edit_started(library, tav):
+    command = ("edit", "a.safetensors", "--prompt", "a panda", "--json")
+    told = [json.loads(tav(*command, *more).stdout) for more in ((), ("--no-inversion", "--seed", "7"))]
+    assert [(edit["inversion"], edit["seed"]) for edit in told] == [(True, None), (False, 7)]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -84,6 +106,8 @@ def test_one_prompt_may_name_its_file(library, tav):
         (("--prompt", "a", "--depth", "0"), 1, "editing: depth: must be greater than 0, not 0.0."),
         (("--prompt", "a", "--guidance", "0.5"), 1, "guidance_scale: must be greater than or equal to 1"),
         (("--prompt", "a", "--strength", "-1"), 2, "--strength"),
+        (("--prompt", "a", "--no-inversion", "--depth", "1"), 2, "--no-inversion inverts nothing."),
+        (("--prompt", "a", "--seed", "1"), 2, "nothing is drawn after an inversion. Add --no-inversion."),
         ((), 2, "Invalid value for --prompt: the adapter's recipe has none. Give one."),
     ],
 )

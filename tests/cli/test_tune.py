@@ -142,3 +142,13 @@ def test_the_command_in_a_recipes_first_lines_runs(library, tav, name):
         result = tav(*shlex.split(line)[2:])
         assert result.exit_code == 0, result.output
     assert [tuning["recipe"].name for tuning in library.tunings] == [name] * len(lines)
+
+
+def test_the_variant_and_what_is_tuned_are_settings(library, tav):
+    sets = ("--set=model.attention=full", "--set=model.group_norm=frame", "--set=adapter.blocks=[mid,up]")
+    recipe = settled(library, tav, *sets)
+    assert recipe.model.model_dump() == {"attention": "full", "group_norm": "frame"}
+    assert recipe.adapter.blocks == ("mid", "up")
+    wrong = tav("tune", "clip.mp4", "--set", "model.attention=ful", "--set", "adapter.blocks=[mid,top]")
+    assert "model.attention: must be 'sparse_causal', 'causal', 'full' or 'frame', not 'ful'." in wrong.stderr
+    assert "adapter.blocks.1: must be 'down', 'mid' or 'up', not 'top'" in wrong.stderr
