@@ -17,7 +17,7 @@ LAYERS = (
     ("attention", "conditions", "sampling", "temporal_init", "presets", "tensor_file", "clip"),
     ("footage", "video_files", "recipe", "base", "pocket.world"),
     ("whole", "shapes"),
-    ("errors", "pocket"),
+    ("errors", "philox", "pocket"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

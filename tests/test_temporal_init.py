@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from tav_peft import temporal_init
+from tav_peft import philox, temporal_init
 from tav_peft.temporal_init import fingerprint, initial, uniform
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"
@@ -13,7 +13,7 @@ KEY = QUERY.replace("to_q", "to_k")
 MASK = 2**64 - 1
 
 
-def philox(counter: list[int], key: list[int]) -> list[int]:
+def block(counter: list[int], key: list[int]) -> list[int]:
     """Philox 4x64-10 of one counter, as in Salmon et al. 2011, figure 3 and section 4.3."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
@@ -27,7 +27,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 def test_numbers_are_those_of_the_published_generator(seed):
     digest = hashlib.sha256(f"philox-uniform-1:{seed}:{QUERY}".encode()).digest()
     key = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8)]
-    words = [word for block in range(4) for word in philox([block + 1, 0, 0, 0], key)]
+    words = [word for n in range(4) for word in block([n + 1, 0, 0, 0], key)]
     expected = [
         ((word >> 40) / 2**23 - 1) / 4 for word in words
     ]  # 24 bits each, to [-1/sqrt(16), 1/sqrt(16))
@@ -103,3 +103,23 @@ def test_the_hash_changes_with_seed_name_and_shape_but_not_with_order():
     assert fingerprint(shapes, 1) != own
     assert fingerprint({QUERY: shapes[QUERY]}, 0) != own
     assert fingerprint({**shapes, KEY: torch.Size([8, 32])}, 0) != own
+
+
+def test_a_drawing_that_differs_in_one_number_has_another_hash(monkeypatch):
+    shapes = {QUERY: torch.Size([320, 320])}
+    own, draw = fingerprint(shapes, 0), philox.unit
+
+    def differ(name, count):
+        numbers = draw(name, count)
+        numbers[7] += 2**-23
+        return numbers
+
+    monkeypatch.setattr(philox, "unit", differ)
+    assert fingerprint(shapes, 0) != own
+
+
+def test_hashing_draws_16_rows_of_each_weight_since_that_is_done_at_every_loading(monkeypatch):
+    drawn, draw = [], philox.unit
+    monkeypatch.setattr(philox, "unit", lambda name, count: drawn.append(count) or draw(name, count))
+    fingerprint({QUERY: torch.Size([1280, 1280]), KEY: torch.Size([8, 320])}, 0)
+    assert sorted(drawn) == [8 * 320, 16 * 1280]
