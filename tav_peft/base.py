@@ -18,10 +18,10 @@ _POCKET_FOLDER = Path(str(files("tav_peft.pocket") / "model"))
 
 
 def locate(base: str | Path) -> str:
-    """Turn a base's name into a folder or a hub id: `pocket` is the model that this package carries.
+    """Turn a base's name into a folder, a file or a hub id: `pocket` is the model that this package carries.
 
     Raises:
-        BaseModelError: when it is neither a folder in diffusers layout nor looks like a hub id.
+        BaseModelError: when it is neither a folder in diffusers layout nor a file, nor looks like a hub id.
 
     """
     name = str(base)
@@ -32,20 +32,31 @@ def locate(base: str | Path) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "model_index.json").exists():
-            raise BaseModelError(
-                f"{name} is a folder without model_index.json. Give a base in diffusers layout "
-                "(with unet/, vae/, text_encoder/, tokenizer/, scheduler/), a hub id, or 'pocket'."
-            )
+            raise BaseModelError(f"{name} is a folder without model_index.json. {_advice(path)}")
         return name
     if path.is_file():
-        raise BaseModelError(
-            f"{name} is a single file. Give a base in diffusers layout, a hub id, or 'pocket'."
-        )
+        return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "~", "/")):
         raise BaseModelError(
-            f"No base at {name}. Give a folder in diffusers layout, a hub id (user/name), or 'pocket'."
+            f"No base at {name}. Give a folder in diffusers layout, a .safetensors or .ckpt file, "
+            "a hub id (user/name), or 'pocket'."
         )
     return name
+
+
+def _advice(folder: Path) -> str:
+    """Say what to give instead of a folder that is no base."""
+    if (folder.parent / "model_index.json").exists():
+        return f"It is a part of the base {folder.parent}: give that."
+    if (folder / "adapter_config.json").exists():
+        return "It is an adapter: give the base it was made for."
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt"))
+    if files:
+        return f"It has files that may be bases: give one of them ({', '.join(files[:3])})."
+    return (
+        "Give a base in diffusers layout (with unet/, vae/, text_encoder/, tokenizer/, scheduler/), "
+        "a .safetensors or .ckpt file, a hub id, or 'pocket'."
+    )
 
 
 def name_of(location: str) -> str:

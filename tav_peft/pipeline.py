@@ -9,6 +9,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, Scheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tav_peft import autoencoding, formats
+from tav_peft import autoencoding, formats, single_file
 from tav_peft import base as bases
 from tav_peft.adapter import Adapter, ClipInfo
 from tav_peft.attaching import Attachments, Strength
+from tav_peft.base_folder import loading_options
 from tav_peft.clip import Clip
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet, inflate
 from tav_peft.inversion import Inversion, invert
+from tav_peft.prediction_type import check as check_prediction_type
 from tav_peft.sampling import set_timesteps, start_scale
 from tav_peft.shapes import Latents
 
@@ -82,10 +85,14 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._attachments = Attachments(self.unet)
 
     @classmethod
-    def from_pretrained(cls, base: str | Path, **kwargs: Any) -> TuneAVideoPipeline:
-        """Load a base: a folder in diffusers layout, a hub id, or the embedded `"pocket"`.
+    def from_pretrained(
+        cls, base: str | Path, *, prediction_type: str | None = None, **kwargs: Any
+    ) -> TuneAVideoPipeline:
+        """Load a base: a folder in diffusers layout, a single file, a hub id, or the embedded `"pocket"`.
 
-        Keyword arguments are those of `DiffusionPipeline.from_pretrained` (dtype, variant, revision, …).
+        `prediction_type` says what the base predicts, `epsilon` or `v_prediction`, where its files do not or are wrong.
+        Other keyword arguments are those of `DiffusionPipeline.from_pretrained` (dtype, revision, …), and for a single
+        file those of `single_file.components`.
 
         Raises:
             BaseModelError: when there is no such base, or it cannot be inflated.
@@ -93,15 +100,29 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         location = bases.locate(base)
         kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
+        if prediction_type is not None:
+            check_prediction_type(prediction_type)
         try:
-            pipe: TuneAVideoPipeline = super().from_pretrained(location, **kwargs)
-        except (OSError, ValueError, ImportError) as error:
+            pipe = cls._load(location, prediction_type, kwargs)
+        except (OSError, ValueError, ImportError, UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BaseModelError(f"{base} cannot be loaded as a base: {reason}") from error
+        if prediction_type is not None:
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
         for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):
             if model is not None:
                 model.requires_grad_(False)
         return pipe
+
+    @classmethod
+    def _load(cls, location: str, prediction_type: str | None, kwargs: dict[str, Any]) -> TuneAVideoPipeline:
+        path = Path(location)
+        if path.is_file():
+            pipe = cls(**single_file.components(path, prediction_type=prediction_type, **kwargs))
+            pipe.register_to_config(_name_or_path=location)
+            return pipe
+        options = loading_options(path, kwargs) if path.is_dir() else {}
+        return super().from_pretrained(location, **{**options, **kwargs})
 
     @property
     def base_name(self) -> str:

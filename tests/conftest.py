@@ -45,6 +45,7 @@ from tav_peft import temporal_init
 from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
 from tav_peft.clip import Clip
 from tav_peft.inflation import is_temporal
+from tav_peft.ldm_keys import to_single_file
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
 from tav_peft.recipe import Recipe
@@ -175,6 +176,20 @@ def xl_base(tmp_path_factory) -> Path:
 @pytest.fixture
 def xl_pipe(xl_base) -> TuneAVideoPipeline:
     return TuneAVideoPipeline.from_pretrained(xl_base)
+
+
+@pytest.fixture(scope="session")
+def ldm() -> Callable[[str, Path], dict[str, Tensor]]:
+    """Give the tensors of a folder's base by the names they have in a single file; kind is sd1, sd2 or sdxl."""
+
+    def tensors(kind: str, folder: Path) -> dict[str, Tensor]:
+        parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        if kind == "sdxl":
+            parts["text_encoder_2"] = CLIPTextModelWithProjection
+        loaded = {name: part.from_pretrained(folder / name).state_dict() for name, part in parts.items()}
+        return {name: tensor.clone() for name, tensor in to_single_file(kind, loaded).items()}
+
+    return tensors
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,12 @@ LAYERS = (
     ("attaching",),
     ("pocket.motion",),
     ("pocket.clips",),
-    ("inflation", "inversion", "adapter", "autoencoding"),
+    ("inflation", "inversion", "adapter", "autoencoding", "single_file"),
+    ("base_folder",),
+    ("checkpoint_file", "unfit"),
     ("attention", "conditions", "sampling", "temporal_init", "presets", "tensor_file", "clip"),
     ("footage", "video_files", "recipe", "base", "pocket.world"),
-    ("whole", "shapes"),
+    ("whole", "shapes", "ldm_keys", "prediction_type"),
     ("errors", "philox", "pocket"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
