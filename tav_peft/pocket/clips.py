@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,8 @@ class PocketClip:
             pixels=np.stack(frames), fps=FPS, name=f"{self.name}.mp4", indices=tuple(range(len(frames)))
         )
 
-    def edited(self, **changes: str) -> PocketClip:
-        """Return the ideal edit: the same path with another `name`, `background` or `style`."""
+    def edited(self, **changes: Any) -> PocketClip:
+        """Return the ideal edit: the same path with another `name` (and `sprite`), `background` or `style`."""
         return dataclasses.replace(self, scene=self.scene.edited(**changes))
 
 

@@ -16,10 +16,15 @@ REACH = 30  # pixels; how far from the true place the object is looked for
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """Distances from the path in pixels, frame by frame, and the share of frames that show the asked object."""
+    """Distances from the path in pixels, frame by frame, and how far the frames show the asked object.
+
+    `right_object` is the share of frames in which no other object fits better; `likeness` the mean correlation of the
+    frames' colours with the object's, 1 where they are the same.
+    """
 
     distances: tuple[float, ...]
     right_object: float
+    likeness: float
 
     @property
     def median(self) -> float:
@@ -32,17 +37,19 @@ def measure(clip: Clip, ideal: PocketClip) -> Motion:
 
     In each frame the ideal's object, as the renderer draws it in the asked style, is shifted to where it fits best
     (least mean absolute difference within its outline); the shift's length is the distance. The object counts as
-    right if no other object of the world, drawn at that place and size, fits better.
+    right if no other object of the world, drawn at that place and size, fits better. An actor with a sprite of its own
+    is measured like any other.
     """
-    distances, right = [], 0
+    distances, likenesses, right = [], [], 0
     for frame, (x, y) in zip(clip.pixels.astype(np.float32), ideal.path, strict=True):
         actor = dataclasses.replace(ideal.scene.actors[0], x=x, y=y)
         dx, dy, best = _best_shift(frame, ideal, actor)
         distances.append(float(np.hypot(dx, dy)))
         there = dataclasses.replace(actor, x=x + dx, y=y + dy)
-        others = [n for n in OBJECTS if n != actor.name]
-        right += all(best <= _misfit_at(frame, ideal, dataclasses.replace(there, name=n)) for n in others)
-    return Motion(tuple(distances), right / clip.frames)
+        others = [dataclasses.replace(there, name=n, sprite=None) for n in OBJECTS if n != actor.name]
+        right += all(best <= _misfit_at(frame, ideal, other) for other in others)
+        likenesses.append(_correlation_at(frame, ideal, there))
+    return Motion(tuple(distances), right / clip.frames, float(np.mean(likenesses)))
 
 
 def _appearance(ideal: PocketClip, actor: Actor) -> tuple[Any, Any]:
@@ -54,6 +61,15 @@ def _appearance(ideal: PocketClip, actor: Actor) -> tuple[Any, Any]:
 def _misfit_at(frame: Any, ideal: PocketClip, actor: Actor) -> float:
     drawn, mask = _appearance(ideal, actor)
     return float(np.abs(frame - drawn)[mask].mean()) if mask.any() else np.inf
+
+
+def _correlation_at(frame: Any, ideal: PocketClip, actor: Actor) -> float:
+    """Pearson's correlation of the colours within the actor's outline; 0 where there is nothing to compare."""
+    drawn, mask = _appearance(ideal, actor)
+    pair = np.stack([frame[mask].ravel(), drawn[mask].ravel()])
+    if pair.shape[1] == 0 or pair.std(axis=1).min() == 0:
+        return 0.0
+    return float(np.corrcoef(pair)[0, 1])
 
 
 def _best_shift(frame: Any, ideal: PocketClip, actor: Actor) -> tuple[int, int, float]:

@@ -43,13 +43,17 @@ STYLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-    """One object in a scene: where its centre is and how large it is, in pixels of the 64x64 picture."""
+    """One object in a scene: where its centre is and how large it is, in pixels of the 64x64 picture.
+
+    `sprite` is a picture of its own, with transparency; without one it looks as the world's object of its name.
+    """
 
     name: str
     x: float
     y: float
     size: float
     faces_right: bool = False
+    sprite: Image.Image | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +78,17 @@ class Scene:
         return dataclasses.replace(self, actors=(first, *self.actors[1:]))
 
     def edited(
-        self, *, name: str | None = None, background: str | None = None, style: str | None = None
+        self,
+        *,
+        name: str | None = None,
+        sprite: Image.Image | None = None,
+        background: str | None = None,
+        style: str | None = None,
     ) -> Scene:
-        """Return the ideal edit: the same places and path, another object, background or style."""
-        first = dataclasses.replace(self.actors[0], name=name or self.actors[0].name)
+        """Return the ideal edit: the same places and path, another object (or sprite), background or style."""
+        first = self.actors[0]
+        if name is not None:
+            first = dataclasses.replace(first, name=name, sprite=sprite)
         return dataclasses.replace(
             self,
             actors=(first, *self.actors[1:]),
@@ -138,7 +149,7 @@ def _sprites() -> dict[str, Image.Image]:
 
 def _sprite(actor: Actor) -> Image.Image:
     """Place an actor on a transparent picture, at a fraction of a pixel."""
-    sprite = _sprites()[actor.name]
+    sprite = _sprites()[actor.name] if actor.sprite is None else actor.sprite.convert("RGBa")
     scale = max(sprite.size) / actor.size
     if actor.faces_right:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,10 +1,13 @@
 """Pocket's world: what is drawn is what is said, and what is held out stays out."""
 
 import dataclasses
+import json
 import random
+from importlib.resources import files
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tav_peft.pocket.world import (
     BACKGROUNDS,
@@ -54,6 +57,17 @@ def test_an_object_is_where_the_scene_says():
     rows, columns = np.nonzero(cut_out(Actor("watermelon", 20, 30, 24)) > 0.5)
     assert (columns.min() + columns.max() + 1) / 2 == pytest.approx(20, abs=1)
     assert rows.max() + 1 == pytest.approx(30 + 12, abs=1)
+
+
+def test_an_actor_with_a_sprite_of_its_own_is_drawn_as_that():
+    atlas = Image.open(str(files("tav_peft.pocket") / "sprites.png")).convert("RGBA")
+    top, width, height = json.loads((files("tav_peft.pocket") / "sprites.json").read_text())["panda"]
+    sprite = atlas.crop((0, top, width, top + height))
+    edit = RABBIT.edited(name="zwx robot", sprite=sprite)
+    assert edit.caption == "a zwx robot is moving on the grass"
+    assert np.array_equal(render(edit), render(RABBIT.edited(name="panda")))
+    assert edit.edited(name="rabbit") == RABBIT
+    assert edit.edited(background="snow").actors == edit.actors
 
 
 def test_an_ideal_edit_keeps_place_and_background_details():
