@@ -16,6 +16,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     prompt: Annotated[list[str] | None, Option(help="What to show; repeatable.")] = None,
     clip: options.SourceClip = None,
     base: options.Base = None,
+    prediction_type: options.PredictionType = None,
     guidance: Annotated[float | None, Option(help="How strongly the prompt pulls, from 1.")] = None,
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
@@ -48,7 +49,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     files = edit_files(prompts, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
     source = recorded if no_inversion and clip is None else source_of(tuned, adapter, clip)
-    pipe = options.open_base(base or tuned.provenance.base.name, device)
+    pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
     start: dict[str, Any] = {"fps": recorded.fps, "like": source if isinstance(source, Clip) else None}
     if no_inversion:

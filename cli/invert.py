@@ -15,6 +15,7 @@ def command(
     *,
     adapter: Annotated[Path, Option("--adapter", help="The adapter that was tuned on this clip.")],
     base: options.Base = None,
+    prediction_type: options.PredictionType = None,
     steps: options.SamplingSteps = None,
     device: options.Device = None,
     output: options.Output = None,
@@ -30,7 +31,7 @@ def command(
     how = EditingSection().replace(**tuned.provenance.editing).replace(num_inference_steps=steps)
     target = check_free(output or Path(f"{clip.stem}.inversion.safetensors"), overwrite)
     source = source_of(tuned, adapter, clip)
-    pipe = options.open_base(base or tuned.provenance.base.name, device)
+    pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned)
     with console.progress_bar("inverting") as moved:
         inversion = pipe.invert(source, num_inference_steps=how.num_inference_steps, progress=moved)

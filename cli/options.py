@@ -13,7 +13,16 @@ AdapterFile = Annotated[
     Path, Argument(metavar="ADAPTER", help="A file that tav tune wrote, or a PEFT folder of tav export.")
 ]
 SourceClip = Annotated[Path | None, Option("--clip", help="The clip, where it is not found by itself.")]
-Base = Annotated[str | None, Option("--base", help="pocket, a folder in diffusers layout, or a hub id.")]
+Base = Annotated[
+    str | None,
+    Option("--base", help="pocket, a folder in diffusers layout, a .safetensors or .ckpt file, or a hub id."),
+]
+PredictionType = Annotated[
+    str | None,
+    Option(
+        "--prediction-type", help="epsilon, v_prediction or sample, where the base does not say or is wrong."
+    ),
+]
 Device = Annotated[
     str | None, Option("--device", help="cpu, cuda, cuda:1, mps. Not given: a GPU if there is one.")
 ]
@@ -23,7 +32,9 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already 
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 
 
-def open_base(base: str, device: str | None, precision: str | None = None) -> "TuneAVideoPipeline":
+def open_base(
+    base: str, device: str | None, precision: str | None = None, *, prediction_type: str | None = None
+) -> "TuneAVideoPipeline":
     """Load a base onto the device asked for, or the fastest there is.
 
     Its weights are in `precision`; where that is not given, in fp16 on CUDA and in fp32 elsewhere.
@@ -34,7 +45,7 @@ def open_base(base: str, device: str | None, precision: str | None = None) -> "T
 
     hush()
     chosen = precision or ("fp16" if place.startswith("cuda") else "fp32")
-    pipe = TuneAVideoPipeline.from_pretrained(base, dtype=DTYPES[chosen])
+    pipe = TuneAVideoPipeline.from_pretrained(base, dtype=DTYPES[chosen], prediction_type=prediction_type)
     pipe.to(place)
     return pipe
 

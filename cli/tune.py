@@ -4,7 +4,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tav_peft.cli import console, settings
-from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, open_base
+from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, PredictionType, open_base
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
@@ -14,6 +14,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     recipe: settings.RecipeName = None,
     sets: settings.Sets = None,
     base: Base = None,
+    prediction_type: PredictionType = None,
     preset: settings.Preset = None,
     rank: settings.Rank = None,
     frames: settings.Frames = None,
@@ -46,7 +47,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 
     source, pipe = (
         Clip.read(clip, **chosen.clip.model_dump()),
-        open_base(on, device, chosen.training.precision),
+        open_base(on, device, chosen.training.precision, prediction_type=prediction_type),
     )
     console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
     with console.tuning_bar() as bar:

@@ -4,13 +4,16 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from tav_peft import prediction_type, single_file
+from tav_peft.cli.main import app
 from tav_peft.errors import BaseModelError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
@@ -213,6 +216,21 @@ def test_a_dreambooth_file_is_tuned_on_and_edited_with(file, base, clip, caplog,
     folder.load_adapter(adapter)
     assert "another base" not in caplog.text
     assert torch.equal(folder("a man", inversion=folder.invert(clip, num_inference_steps=2)).latents, edit)
+
+
+def test_the_commands_tune_and_edit_with_a_file(file, shipped, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip.write(tmp_path / "square.mp4")
+
+    def tav(*arguments):
+        done = CliRunner().invoke(app, [*arguments, "--base", str(file), "--device", "cpu", "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    settings = ("--recipe", "lite", "--steps", "2", "--frames", "3", "--size", "32")
+    tuned = tav("tune", "square.mp4", "--prompt", "a man is skiing", *settings)
+    edits = tav("edit", tuned["adapter"], "--prompt", "a man", "--steps", "2")["edits"]
+    assert Path(edits[0]["clip"]).stat().st_size > 0
 
 
 # -- what a UNet predicts ----------------------------------------------------------------------------------

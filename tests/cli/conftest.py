@@ -44,6 +44,7 @@ class Library:
     clip: type[FakeClip]
     tunings: list[dict[str, Any]] = field(default_factory=list)
     bases: list[str] = field(default_factory=list)
+    openings: list[dict[str, Any]] = field(default_factory=list)
     inversions: list[dict[str, Any]] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
     attached: list[float] = field(default_factory=list)
@@ -70,8 +71,9 @@ class Library:
             progress(SimpleNamespace(step=step, steps=steps, loss=1 / step, seconds_per_step=0.5))
         output.write_bytes(bytes(1300))
 
-    def from_pretrained(self, base: str, **_: object) -> "Library":
+    def from_pretrained(self, base: str, **options: object) -> "Library":
         self.bases.append(base)
+        self.openings.append(options)
         return self
 
     def to(self, device: str) -> None:
