@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tav_peft.errors import AdapterError
 from tav_peft.presets import Subset, part_of
-from tav_peft.recipe import ModelSection
-from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.recipe import ModelSection, Precision
+from tav_peft.tensor_file import FileTensors, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 LATENTS = "source.latents"  # the clip's clean latents, present only when asked for
@@ -42,7 +42,10 @@ class BaseModelInfo(_Section):
 
 
 class ClipInfo(_Section):
-    """The clip an adapter was tuned on; `fingerprint` is the SHA-256 of the frames as they were used."""
+    """The clip an adapter was tuned on; `fingerprint` is the SHA-256 of the frames as they were used.
+
+    Of an adapter merged from several clips: their names, the first one's numbers, and no fingerprint.
+    """
 
     name: str
     fingerprint: str
@@ -55,15 +58,49 @@ class ClipInfo(_Section):
 
 
 class TemporalInit(_Section):
-    """The initial T-Attn that a LoRA on T-Attn is a delta on: generator, seed, and SHA-256 of the weights."""
+    """The initial T-Attn that updates of T-Attn count from: generator, seed, and `temporal_init.fingerprint`."""
 
     name: str
     seed: int
     fingerprint: str
 
 
+class ProbeInfo(_Section):
+    """What the UNet with the adapter made of the input `name`, as `probe` computed it: some numbers of its output."""
+
+    name: str
+    precision: Precision
+    device: str
+    values: tuple[float, ...]
+    mean: float
+    std: float = pydantic.Field(gt=0)
+
+
+class MergedAdapter(_Section):
+    """One of the adapters that were merged; `fingerprint` is `hash_tensors` of it."""
+
+    name: str
+    fingerprint: str
+    caption: str
+    clip: str
+    weights: dict[str, float]
+
+
+class MergeInfo(_Section):
+    """How an adapter was merged and from which; None is what the method does not use."""
+
+    method: str
+    density: float | None = None
+    seed: int | None = None
+    rank: int | None = None
+    adapters: tuple[MergedAdapter, ...]
+
+
 class Provenance(_Section):
-    """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in."""
+    """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in.
+
+    `temporal_branches` is how many temporal attentions run side by side in it; their weights are stacked then.
+    """
 
     format_version: int = FORMAT_VERSION
     caption: str
@@ -75,6 +112,9 @@ class Provenance(_Section):
     step: int
     recipe: dict[str, Any]
     versions: dict[str, str]
+    probe: ProbeInfo | None = None
+    merged_from: MergeInfo | None = None
+    temporal_branches: int = pydantic.Field(default=1, ge=1)
 
     def checked_subset(self) -> Subset:
         """Which parts and blocks the adapter updates."""
@@ -146,7 +186,7 @@ class Adapter:
             "tav_peft": json.dumps(self.provenance.model_dump(mode="json"), sort_keys=True),
             "peft_config": json.dumps(self.peft_config, sort_keys=True),
         }
-        return write_tensors(path, dict(self.tensors), metadata)
+        return write_tensors(path, self.tensors, metadata, hashed=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
@@ -158,17 +198,22 @@ class Adapter:
         """
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        if "tav_peft" not in metadata:
-            raise AdapterError(
-                f"{path.name} is a safetensors file, but not a tav-peft adapter (its header has no 'tav_peft' entry). "
-                "Use a file that `tav tune` wrote, or a PEFT folder that `tav export` wrote."
-            )
-        provenance = parse_provenance(metadata["tav_peft"], path.name)
-        return cls(
-            check_tensors(tensors, path.name),
-            parse_config(metadata.get("peft_config", "null"), provenance, path.name),
-            provenance,
-        )
+        config, provenance = _parse_header(metadata, path.name)
+        return cls(check_tensors(tensors, path.name), config, provenance)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Adapter:
+        """Do as `load`, but read each tensor when it is asked for, its values unchecked.
+
+        Raises:
+            AdapterError: when the file is missing, damaged, a pickle, or not one of ours.
+
+        """
+        path = Path(path)
+        tensors = FileTensors(path)
+        config, provenance = _parse_header(tensors.metadata, path.name)
+        check_layout(tensors.layout, path.name)
+        return cls(tensors, config, provenance)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -181,24 +226,46 @@ def split_name(name: str) -> tuple[str, str]:
 
 def check_tensors(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     """Refuse names that are no part of an adapter, other dtypes than fp32/fp16/bf16, NaN and infinity."""
-    unknown = [name for name in tensors if name != LATENTS and not _TENSOR.fullmatch(name)]
+    check_layout(tensors, file)
+    return {name: check_values(name, tensor, file) for name, tensor in tensors.items()}
+
+
+def check_layout(layout: Mapping[str, Tensor], file: str) -> None:
+    """Refuse names that are no part of an adapter, and other dtypes than fp32/fp16/bf16."""
+    unknown = [name for name in layout if name != LATENTS and not _TENSOR.fullmatch(name)]
     if unknown:
         raise AdapterError(
             f"{file} has {len(unknown)} tensors that belong to no part of an adapter, first {unknown[0]!r}. "
             "It was made by another tool or is damaged."
         )
-    if not any(name != LATENTS for name in tensors):
+    if not any(name != LATENTS for name in layout):
         raise AdapterError(f"{file} holds no adapter tensors. Tune again, or ask for the file again.")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    for name, tensor in layout.items():
+        # float64 is for the updates of an imported run, where float32 would round them
+        allowed = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        if tensor.dtype not in allowed[: 4 if name.endswith(".diff") else 3]:
             raise AdapterError(
                 f"{file}: {name} has dtype {tensor.dtype}, allowed are float32, float16 and bfloat16."
             )
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{file}: {name} holds NaN or infinity. The file is damaged, or its tuning diverged."
-            )
-    return dict(tensors)
+
+
+def check_values(name: str, tensor: Tensor, file: str) -> Tensor:
+    """Give a tensor back, unless it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(
+            f"{file}: {name} holds NaN or infinity. The file is damaged, or its tuning diverged."
+        )
+    return tensor
+
+
+def _parse_header(metadata: Mapping[str, str], file: str) -> tuple[dict[str, Any] | None, Provenance]:
+    if "tav_peft" not in metadata:
+        raise AdapterError(
+            f"{file} is a safetensors file, but not a tav-peft adapter (its header has no 'tav_peft' entry). "
+            "Use a file that `tav tune` wrote, or a PEFT folder that `tav export` wrote."
+        )
+    provenance = parse_provenance(metadata["tav_peft"], file)
+    return parse_config(metadata.get("peft_config", "null"), provenance, file), provenance
 
 
 def _json(text: str, file: str) -> Any:

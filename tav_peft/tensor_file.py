@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tav_peft.errors import AdapterError
+from tav_peft.errors import AdapterError, TavError
 from tav_peft.whole import whole
 
+TENSORS_HASH, HEADER_HASH = "tensors_sha256", "header_sha256"  # entries of a hashed file's header
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -24,60 +28,156 @@ _DTYPES = {
 }
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors and the header's metadata of a safetensors file, or say why not."""
+def looks_pickled(head: bytes) -> bool:
+    """Say whether a file that begins with these bytes is a pickle, plain or zipped, and no safetensors file."""
+    # a safetensors header may be as long as those two bytes say; its JSON begins right after the length
+    return head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{"
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for; `layout` has the same names with tensors of no storage."""
+
+    layout: Mapping[str, Tensor]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+class FileTensors(LazyTensors):
+    """The tensors of a safetensors file, read one at a time; its `metadata` are the header's.
+
+    Raises:
+        AdapterError: when the file is no whole safetensors file.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _opened(path, AdapterError) as file:
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            self.layout = {name: _shape_of(file, name) for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        # opened anew for each: what an open file has read stays in memory until it is closed
+        with _opened(self.path, AdapterError) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Give shapes and dtypes of named tensors, as tensors without storage; lazy ones are not made for it."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.layout
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _shape_of(file: Any, name: str) -> Tensor:
+    known = {text: dtype for dtype, text in _DTYPES.items()}
+    part = file.get_slice(name)
+    dtype = known.get(part.get_dtype()) or file.get_tensor(name).dtype
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+
+def read_tensors(
+    path: Path, failure: type[TavError] = AdapterError
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the header's metadata of a safetensors file, or say why not as `failure`."""
+    with _opened(path, failure) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path, failure: type[TavError]) -> Iterator[Any]:
+    """Open a safetensors file, or say why not."""
     if not path.exists():
-        raise AdapterError(f"{path} does not exist. Check the name.")
+        raise failure(f"{path} does not exist. Check the name.")
     if path.is_dir():
-        raise AdapterError(f"{path} is a folder; a safetensors file was expected.")
+        raise failure(f"{path} is a folder; a safetensors file was expected.")
     with path.open("rb") as file:
         head = file.read(10)
-    # a safetensors header may be as long as those two bytes say; its JSON begins right after the length
-    looks_pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{"
-    if looks_pickled or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise AdapterError(
+    if looks_pickled(head) or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise failure(
             f"{path.name} is a pickle, which can run code when opened. Only safetensors files are read."
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
+        raise failure(
             f"{path.name} is not a whole safetensors file ({error}). It was cut short or is something else; "
             "ask for it again."
         ) from None
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file whole or not at all.
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hashed: bool = False
+) -> Path:
+    """Write a safetensors file whole or not at all; of lazy tensors one is in memory at a time.
 
-    The same tensors and metadata give the same bytes (the safetensors library writes metadata in random order).
+    The same tensors and metadata give the same bytes (the safetensors library writes metadata in random order). With
+    `hashed` the header tells two hashes more, by which `tav verify` finds a byte that has changed since.
     """
-    path = Path(path)
+    path, layout = Path(path), layout_of(tensors)
+    # sorted so, every tensor is aligned
+    order = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
+    unknown = dict.fromkeys((TENSORS_HASH, HEADER_HASH), "0" * 64) if hashed else {}
     with whole(path, AdapterError) as part, part.open("wb") as file:
-        for chunk in _chunks(tensors, metadata):
-            file.write(chunk)
+        file.write(_header(layout, order, {**metadata, **unknown}))
+        hashes = {}
+        for name in order:
+            tensor = tensors[name]
+            assert (tensor.shape, tensor.dtype) == (layout[name].shape, layout[name].dtype), name
+            file.write(_bytes(tensor))
+            hashes[name] = _hash(name, tensor) if hashed else ""
+        if hashed:
+            known = {**metadata, TENSORS_HASH: _joint(hashes)}
+            file.seek(0)
+            file.write(_header(layout, order, {**known, HEADER_HASH: hash_header(known)}))
     return path
 
 
-def _chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece: length, header, then each tensor's bytes, one in memory at a time."""
+def _header(layout: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+    """Spell a safetensors file's first bytes: the header's length, and the header."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # keeps every tensor aligned
     end = 0
     for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + layout[name].numel() * layout[name].element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[layout[name].dtype],
+            "shape": list(layout[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in order:
-        yield tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    view: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return view
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash tensors by name, dtype, shape and bytes (SHA-256, hex), whatever order they come in."""
+    return _joint({name: _hash(name, tensors[name]) for name in tensors})
+
+
+def hash_header(metadata: Mapping[str, str]) -> str:
+    """Hash a header's metadata but for this hash itself (SHA-256, hex)."""
+    others = {name: value for name, value in metadata.items() if name != HEADER_HASH}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(name: str, tensor: Tensor) -> str:
+    about = f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)} "
+    return hashlib.sha256(about.encode() + hashlib.sha256(_bytes(tensor)).digest()).hexdigest()
+
+
+def _joint(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(sorted(hashes.values())).encode()).hexdigest()

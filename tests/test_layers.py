@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo",),
-    ("tuning", "report"),
+    ("tuning", "report", "merging"),
     ("pipeline",),
-    ("formats", "trainable", "trail", "sources"),
+    ("formats", "trainable", "trail", "sources", "updates"),
     ("attaching",),
     ("pocket.motion",),
     ("pocket.clips",),

@@ -1,0 +1,138 @@
+"""An adapter's updates ΔW, one for each parameter of the UNet that it changes, whatever the form of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from tav_peft import temporal_init
+from tav_peft.adapter import LATENTS, Adapter, split_name
+from tav_peft.errors import AdapterError
+from tav_peft.inflation import is_temporal
+from tav_peft.presets import PARTS
+from tav_peft.recipe import Part
+from tav_peft.tensor_file import LazyTensors, layout_of
+
+_BLOCK = re.compile(r"(.*transformer_blocks\.\d+)\..*")
+
+
+class Updates(LazyTensors):
+    """ΔW in float32 by the name of the UNet's parameter; nothing is read before it is asked for.
+
+    Of a LoRA it is scale·B·A, a dense query update is one itself, and of a dense T-Attn it is W - W0 with the initial
+    value W0 of its seed. `name` is what errors call the adapter.
+
+    Raises:
+        AdapterError: when tensors are missing or too many, or the LoRA is one with other than A and B.
+
+    """
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.adapter = adapter
+        self.name = name
+        self._config = LoraConfig(**adapter.peft_config) if adapter.peft_config is not None else None
+        if self._config is not None and (self._config.use_dora or self._config.lora_bias):
+            raise AdapterError(
+                f"{name} is a LoRA with DoRA's magnitudes or with biases, whose update is not scale·B·A. Retune without."
+            )
+        self._tensors = layout_of(adapter.tensors)
+        self.layout = {}
+        for given in self._tensors:
+            if given == LATENTS:
+                continue
+            module, kind = split_name(given)
+            if kind == "lora_B.weight":
+                rows, columns = self._tensors[given].shape[0], self._columns(module)
+                self.layout[f"{module}.weight"] = torch.empty(rows, columns, device="meta")
+            elif kind != "lora_A.weight":
+                parameter = f"{module}.weight" if kind == "diff" else given
+                self.layout[parameter] = torch.empty(self._tensors[given].shape, device="meta")
+        self._check_whole()
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """In what precisions the adapter's tensors are."""
+        return {like.dtype for name, like in self._tensors.items() if name != LATENTS}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Transformer blocks that it changes, with their widths."""
+        widths: dict[str, int] = {}
+        for name, like in self.layout.items():
+            match = _BLOCK.fullmatch(name)
+            assert match is not None
+            widths[match[1]] = min(*like.shape, widths.get(match[1], like.shape[0]))
+        return widths
+
+    def rank(self, parameter: str) -> int | None:
+        """Rank of the LoRA on a parameter, None where its update is dense."""
+        A = self._tensors.get(f"{parameter.removesuffix('.weight')}.lora_A.weight")
+        return None if A is None else A.shape[0]
+
+    def factors(self, parameter: str) -> tuple[Tensor, Tensor]:
+        """Give scale·B (out, rank) and A (rank, in) of the LoRA on a parameter."""
+        module = parameter.removesuffix(".weight")
+        A, B = (self.adapter.tensors[f"{module}.lora_{kind}.weight"].float() for kind in "AB")
+        return self._scale(module, A.shape[0]) * B, A
+
+    def absolute(self, parameter: str) -> Tensor:
+        """Give the tuned value W of a T-Attn parameter, in float32."""
+        if parameter in self.adapter.tensors:
+            return self.adapter.tensors[parameter].float()
+        B, A = self.factors(parameter)
+        return self._initial(parameter) + B @ A
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        if self.rank(parameter) is not None:
+            B, A = self.factors(parameter)
+            return B @ A
+        if is_temporal(parameter):
+            return self.absolute(parameter) - self._initial(parameter)
+        return self.adapter.tensors[f"{parameter.removesuffix('.weight')}.diff"].float()
+
+    def _initial(self, parameter: str) -> Tensor:
+        seed = self.adapter.provenance.temporal_init.seed
+        return temporal_init.initial(parameter, self.layout[parameter].shape, seed)
+
+    def _scale(self, module: str, rank: int) -> float:
+        """Give alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023)."""
+        assert self._config is not None
+        alphas = self._config.alpha_pattern
+        alpha = alphas.get(get_pattern_key(list(alphas), module), self._config.lora_alpha)
+        return float(alpha) / (math.sqrt(rank) if self._config.use_rslora else rank)
+
+    def _columns(self, module: str) -> int:
+        A = self._tensors.get(f"{module}.lora_A.weight")
+        if A is None:
+            raise AdapterError(f"{self.name} has lora_B of {module} without its lora_A. The file is damaged.")
+        return A.shape[1]
+
+    def _check_whole(self) -> None:
+        """Compare with what its subset says, in the blocks that it has anything of."""
+        subset = self.adapter.subset
+        expected = {
+            f"{block}.{end}"
+            for block in self.widths
+            for part in subset.parts
+            for end in tensor_ends(part, dense=part in subset.dense_parts)
+        }
+        wrong = sorted(expected ^ {name for name in self._tensors if name != LATENTS})
+        if wrong:
+            raise AdapterError(
+                f"{self.name}: {len(wrong)} tensors are missing or do not belong to its preset {subset.preset}, first "
+                f"{wrong[0]}. The file was changed; ask for it again."
+            )
+
+
+def tensor_ends(part: Part, *, dense: bool) -> list[str]:
+    """List how the names of an adapter's tensors for a part end, after the transformer block's path."""
+    if not dense:
+        return [f"{end}.lora_{kind}.weight" for end in PARTS[part] for kind in "AB"]
+    if part == "t_attn":
+        return [*(f"{end}.weight" for end in PARTS[part]), "attn_temp.to_out.0.bias"]
+    return [f"{end}.diff" for end in PARTS[part]]
