@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tav_peft import temporal_init
 from tav_peft.adapter import Adapter, split_name
 from tav_peft.base import architecture
+from tav_peft.branches import add_branches, remove_branches, set_branch_strength, stacked_shape
 from tav_peft.errors import AdapterError
 from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, part_of
@@ -72,6 +73,8 @@ class Attachments:
         if adapter.peft_config is not None:
             inject_lora(self.unet, lora_config(adapter.peft_config), slot.inner)
             _fill_lora(self.unet, adapter, slot.inner)
+        if has_branches(adapter):
+            add_branches(self.unet, slot.inner, adapter.weights, adapter.provenance.temporal_branches)
         if not self._slots:
             self._own_variant, self.unet.variant = self.unet.variant, adapter.provenance.model
         self._slots[name] = slot
@@ -81,6 +84,7 @@ class Attachments:
         """Take an adapter off; the last one leaves the UNet bit for bit as it was."""
         slot = self._slots.pop(self._known(name))
         remove_lora(self.unet, slot.inner)
+        remove_branches(self.unet, slot.inner)
         if not self._slots:
             self.unet.variant = self._own_variant
         self._apply()
@@ -118,6 +122,8 @@ class Attachments:
             for slot in self._slots.values():
                 if slot.inner in layer.r:
                     layer.set_scale(slot.inner, slot.strength[part_of(path)])
+        for slot in self._slots.values():
+            set_branch_strength(self.unet, slot.inner, slot.strength["t_attn"])
         self._apply_dense()
 
     @torch.no_grad()
@@ -146,19 +152,22 @@ def _replace(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor]]) -> Tensor:
-    """Sum W0 + Σ s·ΔW in float32; a T-Attn tensor is absolute, and its ΔW counts from W0, the initial value."""
+    """Sum W0 + Σ s·ΔW, to float32; a T-Attn tensor is absolute, and its ΔW counts from W0, the initial value."""
     active = [(strength, tensor) for strength, tensor in terms if strength != 0.0]
     if not active:
         return original
     if is_temporal(name) and len(active) == 1 and active[0][0] == 1.0:
         return active[0][1]  # W0 + (W - W0) without its rounding
-    total = original.float()
+    # the update of an imported run may have more bits than float32, which not every device knows
+    double = any(tensor.dtype == torch.float64 for _, tensor in active)
+    first = original.to("cpu", torch.float64) if double else original.float()
+    total = first
     for strength, tensor in active:
-        update = tensor.to(total.device, torch.float32)
+        update = tensor.to(first.device, first.dtype)
         if is_temporal(name):
-            update = update - original.float()
+            update = update - first
         total = total + strength * update
-    return total
+    return total.float()
 
 
 def by_part(strength: Strength) -> dict[Part, float]:
@@ -177,13 +186,21 @@ def lora_config(given: Mapping[str, Any]) -> LoraConfig:
 
 
 def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Dense tensors by the UNet parameter they change: a `diff` is an update, a T-Attn tensor is absolute."""
+    """Dense tensors by the UNet parameter they change: a `diff` is an update, a T-Attn tensor is absolute.
+
+    A T-Attn that runs beside the UNet's own changes none.
+    """
     return {
         f"{module}.weight" if kind == "diff" else f"{module}.{kind}": tensor
         for name, tensor in adapter.weights.items()
         for module, kind in [split_name(name)]
-        if not kind.startswith("lora_")
+        if not kind.startswith("lora_") and not (has_branches(adapter) and is_temporal(name))
     }
+
+
+def has_branches(adapter: Adapter) -> bool:
+    """Tell whether the adapter's T-Attn runs beside the UNet's own, and does not take its place."""
+    return adapter.provenance.temporal_branches > 1
 
 
 def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int, ...]]:
@@ -202,14 +219,26 @@ def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int
         temporal = is_temporal(f"{module}.")
         for kind, parameter in _base(unet.get_submodule(module)).named_parameters():
             if temporal:
-                expected[f"{module}.{kind}"] = tuple(parameter.shape)
+                width, count = min(parameter.shape), adapter.provenance.temporal_branches
+                expected[f"{module}.{kind}"] = stacked_shape(f"{module}.{kind}", width, count)
             elif kind == "weight":
                 expected[f"{module}.diff"] = tuple(parameter.shape)
     return expected
 
 
 def audit(adapter: Adapter, unet: InflatedUNet) -> None:
-    """Compare an adapter with a UNet tensor by tensor: architecture, names, shapes, initial T-Attn.
+    """Compare an adapter with a UNet: its modules, tensor by tensor, and the initial T-Attn.
+
+    Raises:
+        AdapterError: naming what differs and what to do.
+
+    """
+    audit_modules(adapter, unet)
+    _audit_temporal(adapter, unet)
+
+
+def audit_modules(adapter: Adapter, unet: InflatedUNet) -> None:
+    """Compare an adapter with a UNet tensor by tensor: architecture, names, shapes.
 
     Raises:
         AdapterError: naming what differs and what to do.
@@ -239,7 +268,6 @@ def audit(adapter: Adapter, unet: InflatedUNet) -> None:
                 f"{name} has shape {tuple(adapter.weights[name].shape)}, this base needs {shape}. "
                 f"Use a base like {info.base.name}, or retune."
             )
-    _audit_temporal(adapter, unet)
 
 
 def _audit_targets(adapter: Adapter, unet: InflatedUNet) -> None:
@@ -257,7 +285,7 @@ def _audit_targets(adapter: Adapter, unet: InflatedUNet) -> None:
 
 def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
     init = adapter.provenance.temporal_init
-    if "t_attn" not in adapter.subset.parts:
+    if "t_attn" not in adapter.subset.parts or has_branches(adapter):
         return
     if init.name != temporal_init.NAME:
         raise AdapterError(
@@ -278,7 +306,7 @@ def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
 def temporal_fingerprint(unet: InflatedUNet, seed: int) -> str:
     """Hash the initial T-Attn that `seed` gives on a UNet of these shapes."""
     shapes = {n.replace(".base_layer", ""): p.shape for n, p in unet.named_parameters() if is_temporal(n)}
-    return temporal_init.fingerprint({n: s for n, s in shapes.items() if ".lora_" not in n}, seed)
+    return temporal_init.fingerprint({n: s for n, s in shapes.items() if not _added(n)}, seed)
 
 
 # -- PEFT layers -----------------------------------------------------------------------------------------
@@ -337,7 +365,12 @@ def remove_lora(unet: InflatedUNet, inner: str) -> None:
 
 
 def _module_names(unet: InflatedUNet) -> list[str]:
-    return [name for name, _ in unet.named_modules() if ".base_layer" not in name and ".lora_" not in name]
+    return [name for name, _ in unet.named_modules() if ".base_layer" not in name and not _added(name)]
+
+
+def _added(name: str) -> bool:
+    """Tell whether a module or parameter came with an adapter."""
+    return ".lora_" in name or ".tav_slot_" in name
 
 
 def _base(module: nn.Module) -> nn.Module:

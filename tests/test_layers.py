@@ -11,6 +11,7 @@ LAYERS = (
     ("pipeline",),
     ("formats", "trainable", "trail", "sources", "updates"),
     ("attaching",),
+    ("branches",),
     ("pocket.motion",),
     ("pocket.clips",),
     ("inflation", "inversion", "adapter", "autoencoding", "single_file"),

@@ -34,7 +34,8 @@ def write(adapter: Adapter, path: Path) -> Path:
     provenance = json.dumps(adapter.provenance.model_dump(mode="json"), sort_keys=True)
     own = json.dumps(adapter.peft_config, sort_keys=True)
     header = {"format": "pt", "tav_peft": provenance, "peft_config": own}
-    write_tensors(path / WEIGHTS, {_PREFIX + name: tensor for name, tensor in tensors.items()}, header)
+    named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+    write_tensors(path / WEIGHTS, named, header, hashed=True)
     with whole(path / CONFIG, AdapterError) as part:
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
@@ -65,7 +66,17 @@ def read(path: Path) -> Adapter:
     return Adapter(check_tensors(plain, str(path)), own, provenance)
 
 
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """Build the config that `write` gives an adapter."""
+    return _as_lora(adapter)[1]
+
+
 def _as_lora(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if adapter.provenance.temporal_branches > 1:
+        raise AdapterError(
+            f"This adapter has {adapter.provenance.temporal_branches} temporal attentions side by side, which stock PEFT "
+            "has no place for. Keep the .safetensors file."
+        )
     if adapter.peft_config is not None:
         return adapter.weights, {
             **adapter.peft_config,

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tav_peft.branches import stacked_shape
 from tav_peft.errors import AdapterError
 from tav_peft.merging.methods import METHODS, SUMS
 from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
@@ -125,7 +126,8 @@ def plan(given: Sequence[Updates], settings: MergeSettings) -> MergePlan:
         for end in ends:
             parameter, width = f"{block}.{end}".replace(".diff", ".weight"), widths[block]
             rank = _rank(parameter, width, given, settings) if low else None
-            targets.append(_target(parameter, part, width, rank, branches))
+            shape = stacked_shape(parameter, width, branches if part == "t_attn" else 1)
+            targets.append(Target(parameter, part, torch.Size(shape), rank))
     return MergePlan(subset, tuple(targets), _config(subset, targets), _dtype(given, settings), branches)
 
 
@@ -151,17 +153,6 @@ def _preset(given: Sequence[Updates], settings: MergeSettings, branches: int) ->
 
 def _branches(given: Updates) -> int:
     return given.adapter.provenance.temporal_branches if "t_attn" in given.adapter.subset.parts else 0
-
-
-def _target(parameter: str, part: Part, width: int, rank: int | None, branches: int) -> Target:
-    """Describe a parameter; of a T-Attn with several branches the heads are stacked."""
-    wide = branches * width if part == "t_attn" else width
-    shape = [wide, width]
-    if parameter.endswith("to_out.0.weight"):
-        shape = [width, wide]
-    elif parameter.endswith("bias"):
-        shape = [width]
-    return Target(parameter, part, torch.Size(shape), rank)
 
 
 def _rank(parameter: str, width: int, given: Sequence[Updates], settings: MergeSettings) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tav_peft import philox, temporal_init
 from tav_peft.adapter import LATENTS
+from tav_peft.branches import stacked_shape
 from tav_peft.errors import AdapterError
 from tav_peft.merging.methods import (
     METHODS,
@@ -140,25 +141,17 @@ class MergedTensors(LazyTensors):
         Queries, keys and values are stacked by rows. The output adds the heads up, so its columns are stacked, and they
         and the bias carry the weight.
         """
-        width, terms = min(target.shape), []
+        width, is_out, terms = min(target.shape), ".to_out." in target.parameter, []
         for each in self._sources:
             if not each.has_temporal:
                 continue
-            heads = each.provenance.temporal_branches
-            shape = {"bias": (width,), "out": (width, heads * width), "in": (heads * width, width)}
-            kind = (
-                "bias"
-                if target.parameter.endswith("bias")
-                else "out"
-                if ".to_out." in target.parameter
-                else "in"
-            )
-            known = target.parameter in each.updates.layout
-            term = each.updates.absolute(target.parameter) if known else torch.zeros(shape[kind])
-            terms.append(term if kind == "in" else each.weight(target.parameter) * term)
+            term = torch.zeros(stacked_shape(target.parameter, width, each.provenance.temporal_branches))
+            if target.parameter in each.updates.layout:
+                term = each.updates.absolute(target.parameter)
+            terms.append(each.weight(target.parameter) * term if is_out else term)
         if target.parameter.endswith("bias"):
             return torch.stack(terms).sum(dim=0)
-        return torch.cat(terms, dim=1 if ".to_out." in target.parameter else 0)
+        return torch.cat(terms, dim=1 if is_out else 0)
 
     def _stored_factors(self, target: Target, exact: Tensor, factors: Factors) -> dict[str, Tensor]:
         names = [f"{target.module}.lora_{kind}.weight" for kind in "BA"]
