@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from samples import draw
 from tav_peft.base import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Scene, held_out, random_scene, render
 
@@ -116,19 +117,9 @@ def main() -> None:
     if not options.prompts:
         return
     pipe = StableDiffusionPipeline.from_pretrained(options.model)
-    pipe.set_progress_bar_config(disable=True)
-    asked, drawn = scenes_of(2, options.prompts), []
-    for at in range(0, len(asked), 16):
-        part = asked[at : at + 16]
-        generators = [torch.Generator().manual_seed(at + i) for i in range(len(part))]
-        images = pipe(
-            [s.caption for s in part],
-            num_inference_steps=25,
-            guidance_scale=options.guidance,
-            generator=generators,
-        ).images
-        drawn += [np.asarray(image) for image in images]
-    pictures = tensor_of(drawn)
+    asked = scenes_of(2, options.prompts)
+    drawn = draw(pipe, [s.caption for s in asked], guidance=options.guidance, steps=25, seed=0)
+    pictures = tensor_of([np.asarray(image) for image in drawn])
     print(
         f"on pocket's own, {len(asked)} prompts, guidance {options.guidance:g}:",
         accuracies(judge, pictures, asked),

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 def join() -> tuple[int, int]:
     """Join the other training processes if torchrun started several; return (rank, world size)."""
-    torch.set_num_threads(1)
     if "RANK" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
         return 0, 1
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

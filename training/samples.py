@@ -28,6 +28,28 @@ def prompts() -> list[str]:
     return [Scene((Actor(n, 0, 0, 0),), b, s).caption for n, b, s in plain + styled]
 
 
+def draw(
+    pipe: StableDiffusionPipeline, captions: list[str], *, guidance: float, steps: int, seed: int = 1000
+) -> list[Image.Image]:
+    """Draw a picture for each caption, the n-th from seed + n."""
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for at in range(0, len(captions), 16):
+        part = captions[at : at + 16]
+        generators = [torch.Generator().manual_seed(seed + at + i) for i in range(len(part))]
+        images += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+    return images
+
+
+def page(images: list[Image.Image], columns: int) -> Image.Image:
+    """Lay pictures of 64x64 out in lines, each twice as large."""
+    side = 66
+    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, ((i % columns) * side + 1, (i // columns) * side + 1))
+    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
+
+
 def main() -> None:
     """Sample the page and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,25 +61,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=None, help="only this many prompts, evenly chosen")
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(options.model)
-    pipe.set_progress_bar_config(disable=True)
     chosen = prompts()
     if options.first:
         chosen = chosen[:: max(1, len(chosen) // options.first)]
-    images: list[Image.Image] = []
-    for at in range(0, len(chosen), 16):
-        generators = [torch.Generator().manual_seed(1000 + at + i) for i in range(len(chosen[at : at + 16]))]
-        images += pipe(
-            chosen[at : at + 16],
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            generator=generators,
-        ).images
-    columns, side = options.columns, 66
-    sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, ((i % columns) * side + 1, (i // columns) * side + 1))
+    images = draw(pipe, chosen, guidance=options.guidance, steps=options.steps)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(options.output)
+    page(images, options.columns).save(options.output)
 
 
 if __name__ == "__main__":
