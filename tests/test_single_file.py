@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from tav_peft import prediction_type, single_file
 from tav_peft.cli.main import app
 from tav_peft.errors import BaseModelError
+from tav_peft.ldm_keys import to_single_file
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
 from tav_peft.tuning import tune
@@ -199,6 +201,23 @@ def test_the_shipped_vocabulary_is_what_its_merges_make():
     assert words[512:-2] == [merge.replace(" ", "") for merge in merges]
     assert words[256:512] == [f"{symbol}</w>" for symbol in words[:256]]
     assert list(vocabulary.values()) == list(range(49408))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "width"), [("sd1", 768), ("sd2", 1024)])
+def test_a_file_of_stable_diffusions_own_size_needs_no_config(kind, width, tmp_path, offline):
+    """Random weights in half precision, 2.1 and 2.6 GB; `pytest -m slow`."""
+    with init_empty_weights():
+        shapes = {part: single_file._empty(part, single_file._CONFIGS / kind) for part in MODELS[kind]}
+    names = to_single_file(kind, {part: model.state_dict() for part, model in shapes.items()})
+    tensors = {name: torch.randn(t.shape, dtype=torch.float16) / 50 for name, t in names.items()}
+    tensors["model_ema.decay"] = torch.ones(())
+    save_file(tensors, tmp_path / "model.safetensors")
+    pipe = TuneAVideoPipeline.from_pretrained(
+        tmp_path / "model.safetensors", dtype=torch.float16, prediction_type="epsilon"
+    )
+    assert torch.equal(pipe.unet.conv_out.weight, tensors[f"{UNET}out.2.weight"])
+    assert pipe.encode_prompts(["a photo of a cat"]).text.shape == (1, 77, width)
 
 
 # -- tuning and editing on a file --------------------------------------------------------------------------
