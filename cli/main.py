@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tav_peft.cli import demo, edit, export, info, invert, recipes, tune
+from tav_peft.cli import demo, edit, export, info, invert, recipes, tune, verify
 from tav_peft.cli.console import complain, out
 from tav_peft.errors import TavError
 
@@ -55,6 +55,7 @@ app.command("edit")(edit.command)
 app.command("export")(export.command)
 app.command("invert")(invert.command)
 app.command("info")(info.command)
+app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("demo")(demo.command)
 

@@ -304,6 +304,8 @@ def parse_config(text: str, provenance: Provenance, file: str) -> dict[str, Any]
         config = LoraConfig(**given)
         if not provenance.checked_subset().lora_parts or config.peft_type != given["peft_type"]:
             raise ValueError(f"peft_type {given['peft_type']} for the preset {provenance.subset['preset']}")
+        if isinstance(config.target_modules, str):
+            re.compile(config.target_modules)
         if not config.r >= 1 or not config.lora_alpha > 0:
             raise ValueError(f"rank {config.r}, alpha {config.lora_alpha}")
     except Exception as error:

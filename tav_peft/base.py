@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 
 from tav_peft.errors import BaseModelError
 
@@ -42,6 +43,15 @@ def locate(base: str | Path) -> str:
             "a hub id (user/name), or 'pocket'."
         )
     return name
+
+
+def at_hand(base: str | Path) -> bool:
+    """Tell whether a base can be opened without a download: it is on this disk, or in the hub's cache."""
+    try:
+        location = locate(base)
+    except BaseModelError:
+        return False
+    return Path(location).exists() or isinstance(try_to_load_from_cache(location, "model_index.json"), str)
 
 
 def _advice(folder: Path) -> str:

@@ -27,6 +27,17 @@ def source_of(
         return read_as_tuned(adapter, clip_path)
     if adapter.latents is not None:
         return adapter.latents
+    clip = clip_nearby(adapter, adapter_path)
+    if clip is None:
+        raise ClipError(
+            f"The adapter was tuned on {adapter.provenance.clip.name or 'a clip without a name'}, which is not beside it "
+            "and not in it. Give the clip with --clip, or tune with --keep-latents."
+        )
+    return clip
+
+
+def clip_nearby(adapter: Adapter, adapter_path: Path | None = None) -> Clip | None:
+    """Find the clip an adapter was tuned on, beside its file or in the current folder, by name and by its frames."""
     info = adapter.provenance.clip
     folders = [adapter_path.parent] if adapter_path is not None else []
     for folder in [*folders, Path.cwd()]:
@@ -35,10 +46,7 @@ def source_of(
             clip = read_as_tuned(adapter, file)
             if clip.fingerprint == info.fingerprint:
                 return clip
-    raise ClipError(
-        f"The adapter was tuned on {info.name or 'a clip without a name'}, which is not beside it and not in it. "
-        "Give the clip with --clip, or tune with --keep-latents."
-    )
+    return None
 
 
 def read_as_tuned(adapter: Adapter, path: Path) -> Clip:

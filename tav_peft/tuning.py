@@ -27,6 +27,7 @@ from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
+from tav_peft.probe import probed
 from tav_peft.recipe import Recipe, TrainingSection
 from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
@@ -110,7 +111,8 @@ def tune(
         except KeyboardInterrupt:
             keep()
             raise
-        result = adapter()
+        tuned = adapter()
+    result = probed(tuned, pipe.unet)
     if trail is not None:
         result.save(trail.output)
         plot_losses(losses, trail.plot)

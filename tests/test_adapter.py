@@ -252,7 +252,7 @@ def test_a_header_with_impossible_fields_is_refused(field, value, file, changed)
 @pytest.mark.parametrize(
     "config",
     ["null", "[]", "3", '"lora"', "{}", '{"peft_type": "LOHA", "r": 2}', '{"peft_type": "LORA", "warp": 1}',
-     '{"peft_type": "LORA", "r": 0}'],
+     '{"peft_type": "LORA", "r": 0}', '{"peft_type": "LORA", "target_modules": "(attn1"}'],
 )  # fmt: skip
 def test_a_config_that_peft_would_not_take_is_refused(config, changed):
     with pytest.raises(AdapterError, match="PEFT config"):

@@ -7,9 +7,10 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo",),
-    ("tuning", "report", "merging"),
+    ("tuning", "report", "merging", "verification"),
     ("pipeline",),
     ("formats", "trainable", "trail", "sources", "updates"),
+    ("probe",),
     ("attaching",),
     ("branches",),
     ("pocket.motion",),

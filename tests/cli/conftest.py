@@ -50,6 +50,9 @@ class Library:
     attached: list[float] = field(default_factory=list)
     sources: list[tuple[Path, Path | None]] = field(default_factory=list)
     exports: list[Path] = field(default_factory=list)
+    claims: list[Any] = field(default_factory=list)
+    verified: list[tuple[Path, Any, Path | None]] = field(default_factory=list)
+    probe: Any = None
     source: Any = None
     failure: BaseException | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe.load("pocket"))
@@ -112,6 +115,7 @@ class Library:
                 editing=settings["editing"],
                 base=SimpleNamespace(name="pocket"),
                 clip=SimpleNamespace(frames=8, height=64, width=64, fps=12.5),
+                probe=self.probe,
                 model_dump=lambda **_: provenance,
             ),
         )
@@ -119,6 +123,10 @@ class Library:
     def source_of(self, _adapter: Any, adapter_path: Path, clip_path: Path | None) -> Any:
         self.sources.append((adapter_path, clip_path))
         return self.source
+
+    def verify(self, path: Path, pipe: Any, clip: Path | None) -> list[Any]:
+        self.verified.append((path, pipe, clip))
+        return self.claims
 
     def write(self, _adapter: Any, path: Path) -> Path:
         self.exports.append(path)
@@ -136,6 +144,7 @@ def library(monkeypatch, tmp_path) -> Library:
         "pipeline": {"TuneAVideoPipeline": fake},
         "sources": {"source_of": fake.source_of},
         "tuning": {"tune": fake.tune},
+        "verification": {"verify": fake.verify},
     }
     for name, contents in modules.items():
         module = ModuleType(f"tav_peft.{name}")
