@@ -25,6 +25,8 @@ def command(file: options.AdapterFile, as_json: options.AsJson = False) -> None:
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested settings as dotted names, leaving out what is empty."""
     for name, value in values.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(each, Mapping) for each in value):
+            value = {str(number): each for number, each in enumerate(value, 1)}
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")
         elif value not in (None, "", [], ()):

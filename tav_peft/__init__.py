@@ -11,6 +11,7 @@ _HOME = {
     "TavError": "errors",
     "TuneAVideoPipeline": "pipeline",
     "inflate": "inflation",
+    "merge": "merging",
     "tune": "tuning",
 }
 __all__ = sorted([*_HOME, "__version__"])

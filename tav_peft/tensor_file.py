@@ -45,6 +45,9 @@ class LazyTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout  # a Mapping's own way would make the tensor
+
 
 class FileTensors(LazyTensors):
     """The tensors of a safetensors file, read one at a time; its `metadata` are the header's.
