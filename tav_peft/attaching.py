@@ -19,7 +19,7 @@ from tav_peft.branches import add_branches, remove_branches, set_branch_strength
 from tav_peft.errors import AdapterError
 from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, part_of
-from tav_peft.recipe import ModelSection, Part
+from tav_peft.recipe import Part
 
 Strength = float | Mapping[Part, float]
 
@@ -100,8 +100,8 @@ class Attachments:
         theirs = {slot.adapter.provenance.model for slot in self._slots.values()} - {adapter.provenance.model}
         if theirs:
             raise AdapterError(
-                f"The adapter was tuned with {_words(adapter.provenance.model)}, {', '.join(self.names)} with "
-                f"{_words(theirs.pop())}. A UNet treats frames one way at a time: unload the one or the other."
+                f"The adapter was tuned with {adapter.provenance.model}, {', '.join(self.names)} with "
+                f"{theirs.pop()}. A UNet treats frames one way at a time: unload the one or the other."
             )
 
     def _known(self, name: str) -> str:
@@ -140,10 +140,6 @@ class Attachments:
             parameter = _parameter(self.unet, name)
             original = self._originals.setdefault(name, parameter.data)
             _replace(parameter, _composite(name, original, terms))
-
-
-def _words(variant: ModelSection) -> str:
-    return " and ".join(f"{name} {value}" for name, value in variant)
 
 
 def _replace(parameter: nn.Parameter, value: Tensor) -> None:

@@ -93,6 +93,9 @@ class ModelSection(_Frozen):
     attention: FrameAttention = "sparse_causal"
     group_norm: FrameNorm = "joint"
 
+    def __str__(self) -> str:
+        return " and ".join(f"{name} {value}" for name, value in self)
+
 
 class AdapterSection(_Frozen):
     """What is trained and in which dtype it is saved; `rank` and `alpha` (None: rank) matter to LoRA only."""
