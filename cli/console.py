@@ -35,6 +35,16 @@ def print_rows(rows: Mapping[str, Any]) -> None:
         out.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}"), soft_wrap=True)
 
 
+def show_table(title: str, rows: Mapping[str, Any]) -> None:
+    """Show a person names and values, under a title."""
+    from rich.table import Table
+
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(str(value)))
+    err.print(table)
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object; paths become strings."""
     print(json.dumps(values, indent=2, default=str))

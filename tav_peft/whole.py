@@ -36,8 +36,8 @@ def whole(
 
 
 def _flush(part: Path) -> None:
-    if part.is_file():
-        with part.open("rb+") as file:
+    for path in [part] if part.is_file() else [inside for inside in part.rglob("*") if inside.is_file()]:
+        with path.open("rb+") as file:
             os.fsync(file.fileno())
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from tav_peft.adapter import Adapter
-from tav_peft.formats import peft
+from tav_peft.formats import official_folder, peft
+from tav_peft.formats.loaded_base import LoadedBase
 
 
 class Format(Protocol):
@@ -21,7 +22,16 @@ class Format(Protocol):
         ...
 
 
+class ModelFormat(Protocol):
+    """What the module of a format offers that holds a whole model, the adapter in it."""
+
+    def write(self, adapter: Adapter, path: Path, base: LoadedBase) -> Path:
+        """Write a base with an adapter in this format."""
+        ...
+
+
 FORMATS: dict[str, Format] = {"peft": peft}
+MODEL_FORMATS: dict[str, ModelFormat] = {"official": official_folder}
 
 
 def read(path: str | Path) -> Adapter:
