@@ -54,8 +54,7 @@ def _check(adapter: Adapter, base: LoadedBase) -> None:
         raise AdapterError(f"Adapters are loaded ({', '.join(base.adapters)}). Unload them before exporting.")
     variant = adapter.provenance.model
     if variant != ModelSection():
-        words = " and ".join(f"{name} {value}" for name, value in variant)
-        raise AdapterError(f"The adapter was tuned with {words}; the original code has the paper's only.")
+        raise AdapterError(f"The adapter was tuned with {variant}; the original code has the paper's only.")
     if adapter.provenance.temporal_branches > 1:
         raise AdapterError(
             f"The adapter has {adapter.provenance.temporal_branches} temporal attentions side by side; the original code "

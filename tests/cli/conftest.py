@@ -50,6 +50,7 @@ class Library:
     attached: list[float] = field(default_factory=list)
     sources: list[tuple[Path, Path | None]] = field(default_factory=list)
     exports: list[Path] = field(default_factory=list)
+    imports: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Any] = field(default_factory=list)
     verified: list[tuple[Path, Any, Path | None]] = field(default_factory=list)
     probe: Any = None
@@ -107,7 +108,7 @@ class Library:
             summary=lambda: {
                 "preset": "lite",
                 "alpha": None,
-                "parts": {"t_attn": {"bytes": 10}},
+                "parts": {"t_attn": {"parameters": 5, "bytes": 10}},
                 "bytes": 10,
             },
             provenance=SimpleNamespace(
@@ -128,16 +129,32 @@ class Library:
         self.verified.append((path, pipe, clip))
         return self.claims
 
-    def write(self, _adapter: Any, path: Path) -> Path:
+    def write(self, _adapter: Any, path: Path, *_base: Any) -> Path:
         self.exports.append(path)
         return path
+
+    def read_official(self, path: Path, base: Any, **options: Any) -> Any:
+        assert base is self
+        self.imports.append({"run": path, **options})
+        adapter = self.read(path)
+        adapter.save = lambda file: file.write_bytes(bytes(1300))
+        adapter.provenance.subset = {"preset": "hybrid" if options["rank"] else "paper"}
+        adapter.provenance.caption, adapter.provenance.step = options["caption"], 500
+        energy = {"mid_block.attn1.to_q": 0.51239} if options["rank"] else {}
+        return SimpleNamespace(
+            adapter=adapter, energy=energy, inexact=3 * len(energy), deviation=1.5e-4, base_checked=not energy
+        )
 
 
 @pytest.fixture
 def library(monkeypatch, tmp_path) -> Library:
     clip = type("FakeClip", (FakeClip,), {"reads": [], "writes": []})
     fake = Library(clip=clip, source=clip())
-    formats = {"read": fake.read, "FORMATS": {"peft": SimpleNamespace(write=fake.write)}}
+    writer = SimpleNamespace(write=fake.write)
+    formats = {
+        "read": fake.read, "FORMATS": {"peft": writer}, "MODEL_FORMATS": {"official": writer},
+        "official": SimpleNamespace(read=fake.read_official),
+    }  # fmt: skip
     modules = {
         "clip": {"Clip": clip},
         "formats": formats,
