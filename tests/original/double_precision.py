@@ -36,7 +36,7 @@ def tolerance(recording: Recording) -> float:
     SD 2.x's upcast attention computes its scores in float32 whatever the rest is in, the original and ours alike, and
     rounds differently there; elsewhere what is left are the scheduler's float32 noise levels.
     """
-    return 0.25 if recording.facts["config_3d"]["upcast_attention"] else 1e-3
+    return 0.25 if recording.facts["config_3d"].get("upcast_attention") else 1e-3
 
 
 @torch.no_grad()

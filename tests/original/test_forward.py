@@ -20,6 +20,8 @@ def test_every_call_gives_what_was_recorded(recording):
 
 
 def test_every_traced_module_takes_and_gives_what_was_recorded(recording):
+    if not recording.has("trace"):
+        pytest.skip("this recording has no trace")
     assert_within(trace(recording))
     assert not recording.unread("trace")
 

@@ -22,6 +22,8 @@ def test_sampling_without_guidance_is_reproduced(recording):
 
 
 def test_sampling_from_noise_with_a_negative_prompt_is_reproduced(recording):
+    if not any("negative" in name for name in recording.names("sampling")):
+        pytest.skip("this recording has none")
     assert_within(trajectories.from_noise(recording))
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from tav_peft.formats import official
+
 from .comparing import assert_within
 from .saved_pipeline import RUN, validation_inversion, weights
 from .training import replayed
@@ -21,4 +23,15 @@ def test_it_holds_the_recorded_weights_and_else_the_base(recording):
 def test_our_tuning_and_inversion_end_where_its_validation_began(recording):
     pipe = recording.pipe()
     pipe.unet.load_state_dict(replayed(recording, RUN, checkpointing=False).last)
+    assert_within(validation_inversion(recording, pipe))
+
+
+def test_imported_as_an_adapter_it_is_the_same_model_and_inverts_as_recorded(recording):
+    pipe = recording.pipe()
+    imported = official.read(recording.folder / "official_pipeline", pipe)
+    assert imported.base_checked
+    pipe.load_adapter(imported.adapter)
+    ours = pipe.unet.state_dict()
+    for name, tensor in weights(recording).items():
+        assert torch.equal(ours[name], tensor), name
     assert_within(validation_inversion(recording, pipe))

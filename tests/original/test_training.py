@@ -1,5 +1,6 @@
 """Five steps of tuning as recorded: with the down blocks, and without them as the original effectively trains."""
 
+import pytest
 import torch
 
 from .comparing import assert_within
@@ -31,5 +32,7 @@ def test_what_the_original_left_untouched_is_what_the_blocks_leave_out(recording
 
 def test_our_gradient_checkpointing_changes_nothing(recording):
     """It reaches the down blocks too: the same losses and weights as the original's WITHOUT checkpointing."""
-    run = next(name for name in recording.runs if not recording.run(name)["gradient_checkpointing"])
-    assert_within(training(recording, run, checkpointing=True))
+    runs = [name for name in recording.runs if not recording.run(name)["gradient_checkpointing"]]
+    if not runs:
+        pytest.skip("this recording has no run without gradient checkpointing")
+    assert_within(training(recording, runs[0], checkpointing=True))
