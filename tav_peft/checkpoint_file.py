@@ -34,7 +34,7 @@ def check_checkpoint(path: Path) -> None:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise BaseModelError(f"{path} is a pointer of Git LFS, not the file itself. Run `git lfs pull`.")
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         _objects(path)
         return
     try:
@@ -52,7 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     """
     check_checkpoint(path)
-    tensors = _read_pickle(path) if path.suffix in _PICKLES else load_file(path)
+    tensors = _read_pickle(path) if path.suffix.lower() in _PICKLES else load_file(path)
     return {_OLD_NAME.sub(r"\1text_model.", name): tensor for name, tensor in tensors.items()}
 
 

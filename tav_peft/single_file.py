@@ -136,9 +136,8 @@ def _empty(name: str, folder: Path) -> nn.Module:
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return CLIPTokenizer.from_pretrained(folder)
-    marks = read_config(
-        folder / "tokenizer_config.json"
-    )  # all of Stable Diffusion's kinds share one vocabulary
+    # all kinds share one vocabulary, and differ in what they fill up with
+    marks = read_config(folder / "tokenizer_config.json")
     return CLIPTokenizer.from_pretrained(_CONFIGS / "clip_tokenizer", **marks)
 
 
@@ -146,7 +145,8 @@ def _scheduler(folder: Path, checkpoint: Mapping[str, Tensor], prediction_type: 
     numbers = read_config(folder / "scheduler_config.json")
     if prediction_type is not None:
         numbers["prediction_type"] = prediction_type
-    if "ztsnr" in checkpoint:  # an empty tensor, by custom the mark of a schedule that ends in pure noise
+    # empty tensors of these names are the custom by which XL models of v say so, and that they begin at pure noise
+    if "ztsnr" in checkpoint:
         numbers["rescale_betas_zero_snr"] = True
     return DDIMScheduler.from_config(numbers)
 
@@ -154,7 +154,7 @@ def _scheduler(folder: Path, checkpoint: Mapping[str, Tensor], prediction_type: 
 def _prediction_type(
     path: Path, kind: Kind, checkpoint: Mapping[str, Tensor], parts: Mapping[str, Any]
 ) -> str:
-    if "v_pred" in checkpoint:  # an empty tensor too
+    if "v_pred" in checkpoint:
         return "v_prediction"
     if kind != "sd2":
         return "epsilon"

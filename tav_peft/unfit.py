@@ -21,6 +21,7 @@ _SIGNS = (
     (r"(^|[._])(lora|hada|lokr|oft)[_.]|\.alpha$", "a LoRA or the like, a change to a base", _MADE_FOR),
     (r"\.attn_temp\.|\.diff$", "an adapter of a tuned clip", _MADE_FOR),
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", _MADE_FOR),
+    (r"\.time_stack\.", "a video model", PLAIN),
     (r"motion_modules\.", "a motion module of AnimateDiff", _MADE_FOR),
     (r"joint_blocks\.|double_blocks\.|single_blocks\.", "a transformer, such as Stable Diffusion 3 or Flux",
      "Use a Stable Diffusion 1.x, 2.x or XL base, which has a UNet."),
