@@ -45,6 +45,7 @@ class ClipInfo(_Section):
     """The clip an adapter was tuned on; `fingerprint` is the SHA-256 of the frames as they were used.
 
     Of an adapter merged from several clips: their names, the first one's numbers, and no fingerprint.
+    Of a run of the original code that was imported: what its config says, no fingerprint, and 0 for what is not known.
     """
 
     name: str

@@ -233,6 +233,8 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def noise(self, clip: Clip | ClipInfo, seed: int = 0) -> Latents:
         """Draw noise of the size of a clip's latents, to edit without an inversion; a seed is the same everywhere."""
+        if not clip.frames * clip.height * clip.width:  # of a run imported without its config
+            raise TavError("How many frames the clip has, and of what size, is not known. Give the clip.")
         factor = autoencoding.pixels_per_latent(self.vae)
         shape = (1, self.unet.config.in_channels, clip.frames, clip.height // factor, clip.width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

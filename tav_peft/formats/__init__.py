@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tav_peft.adapter import Adapter
+from tav_peft.errors import AdapterError
 from tav_peft.formats import official_folder, peft
 from tav_peft.formats.loaded_base import LoadedBase
 
@@ -42,4 +43,8 @@ def read(path: str | Path) -> Adapter:
 
     """
     path = Path(path)
+    if (path / "unet").is_dir():
+        raise AdapterError(
+            f"{path} is a whole model. If the original code tuned it, `tav import {path} --base …` makes it an adapter."
+        )
     return peft.read(path) if path.is_dir() else Adapter.load(path)

@@ -14,8 +14,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tav_peft.adapter import Adapter
 from tav_peft.attaching import Attachments
-from tav_peft.errors import AdapterError
+from tav_peft.errors import AdapterError, TavError
 from tav_peft.formats import official, official_folder, official_run
+from tav_peft.formats import read as read_adapter
 from tav_peft.inflation import inflate, is_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import ModelSection, Recipe
@@ -236,6 +237,11 @@ def test_an_empty_folder_and_a_wrong_name_are_refused(tmp_path, pipe):
         official.read(tmp_path / "nothing.bin", pipe)
 
 
+def test_a_run_in_the_place_of_an_adapter_is_told_how_to_become_one(run):
+    with pytest.raises(AdapterError, match=rf"`tav import {run} --base …`"):
+        read_adapter(run)
+
+
 # -- where it comes from -----------------------------------------------------------------------------------
 
 
@@ -275,6 +281,8 @@ def test_without_a_config_nothing_is_made_up(run, pipe):
     provenance = official.read(run, pipe).adapter.provenance
     assert (provenance.caption, provenance.step, provenance.clip) == ("", 0, official_run.UNKNOWN_CLIP)
     assert set(provenance.recipe) == {"name", "description", "adapter"}
+    with pytest.raises(TavError, match="Give the clip"):
+        pipe.noise(provenance.clip)
 
 
 def test_a_caption_that_is_given_counts(run, pipe):
