@@ -1,6 +1,7 @@
 """Safetensors files: read whole or refused, written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tav_peft.errors import AdapterError
-from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.tensor_file import (
+    HEADER_HASH,
+    TENSORS_HASH,
+    LazyTensors,
+    hash_header,
+    hash_tensors,
+    layout_of,
+    read_tensors,
+    write_tensors,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -167,3 +177,56 @@ def test_a_header_as_long_as_a_pickles_first_bytes_is_read(length, tmp_path):
     write_tensors(path, tensors, {"pad": "x" * (length - empty)})
     assert header_of(path)[0] == length
     assert_same(read_tensors(path)[0], tensors)
+
+
+# -- hashes ------------------------------------------------------------------------------------------------
+
+
+def test_a_hashed_file_tells_the_hash_of_its_tensors_and_of_its_header(tensors, tmp_path):
+    path = write_tensors(tmp_path / "file.safetensors", tensors, {"a": "ü"}, hashed=True)
+    got, metadata = read_tensors(path)
+    assert_same(got, tensors)
+    assert metadata == {
+        "a": "ü",
+        TENSORS_HASH: hash_tensors(tensors),
+        HEADER_HASH: hash_header({"a": "ü", TENSORS_HASH: hash_tensors(tensors)}),
+    }
+    assert_same(load_file(path), tensors)
+
+
+def test_the_hash_of_tensors_is_that_of_the_formula(tensors):
+    one = {"t": torch.tensor([[1.0, 2.0]])}
+    inner = hashlib.sha256(struct.pack("<2f", 1, 2)).digest()
+    line = hashlib.sha256(b"t F32 [1, 2] " + inner).hexdigest()
+    assert hash_tensors(one) == hashlib.sha256(line.encode()).hexdigest()
+    assert hash_tensors(dict(reversed(tensors.items()))) == hash_tensors(tensors)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"u": torch.zeros(2, 3)},
+        {"t": torch.zeros(3, 2)},
+        {"t": torch.zeros(2, 3, dtype=torch.float16)},
+        {"t": -torch.zeros(2, 3)},
+        {"t": torch.zeros(2, 3), "u": torch.zeros(0)},
+    ],
+)
+def test_name_shape_dtype_bytes_and_number_of_tensors_are_hashed(other):
+    assert hash_tensors(other) != hash_tensors({"t": torch.zeros(2, 3)})
+
+
+def test_lazy_tensors_are_made_once_for_writing_and_hashing(tensors, tmp_path):
+    made = []
+
+    class Lazy(LazyTensors):
+        layout = layout_of(tensors)
+
+        def __getitem__(self, name):
+            made.append(name)
+            return tensors[name]
+
+    path = write_tensors(tmp_path / "lazy.safetensors", Lazy(), {}, hashed=True)
+    assert sorted(made) == sorted(tensors)
+    whole = write_tensors(tmp_path / "whole.safetensors", tensors, {}, hashed=True)
+    assert path.read_bytes() == whole.read_bytes()
