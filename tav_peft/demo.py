@@ -32,7 +32,7 @@ class Edit:
     depth: float
 
 
-# Guidance and depth as benchmarks/pocket_edits.py found them for each kind of edit
+# One change follows from a full inversion; two at once keep the motion from a lesser depth, with more guidance
 EDITS = {
     "rabbit-grass": (
         Edit("another object", {"name": "panda"}, 4.0, 1.0),
