@@ -18,7 +18,6 @@ from tav_peft import prediction_type as prediction_types
 from tav_peft import unfit
 from tav_peft.base_folder import read_config
 from tav_peft.checkpoint_file import read_checkpoint
-from tav_peft.conditions import encode_clip_text
 from tav_peft.errors import BaseModelError
 from tav_peft.ldm_keys import UNET, Kind, places
 
@@ -75,7 +74,7 @@ def components(
             parts[name] = _tokenizer(folder / name)
     if "scheduler" not in parts:
         if prediction_type is None and config is None:
-            prediction_type = _prediction_type(path, kind, checkpoint, parts)
+            prediction_type = _prediction_type(path, kind, checkpoint, parts["unet"])
         parts["scheduler"] = _scheduler(folder / "scheduler", checkpoint, prediction_type)
     return parts
 
@@ -152,14 +151,13 @@ def _scheduler(folder: Path, checkpoint: Mapping[str, Tensor], prediction_type: 
 
 
 def _prediction_type(
-    path: Path, kind: Kind, checkpoint: Mapping[str, Tensor], parts: Mapping[str, Any]
+    path: Path, kind: Kind, checkpoint: Mapping[str, Tensor], unet: UNet2DConditionModel
 ) -> str:
     if "v_pred" in checkpoint:
         return "v_prediction"
     if kind != "sd2":
         return "epsilon"
-    text = encode_clip_text([""], parts["tokenizer"], parts["text_encoder"], torch.device("cpu")).text
-    told = prediction_types.tell(parts["unet"], text)
+    told = prediction_types.tell(unet)
     if told is None:
         raise BaseModelError(
             f"{path.name} does not show what its UNet predicts. Give prediction_type (--prediction-type): epsilon for "

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from tav_peft import prediction_type, single_file
+from tav_peft.base import locate
 from tav_peft.cli.main import app
 from tav_peft.errors import BaseModelError
 from tav_peft.ldm_keys import to_single_file
@@ -253,35 +255,33 @@ def test_the_commands_tune_and_edit_with_a_file(file, shipped, clip, tmp_path, m
 # -- what a UNet predicts ----------------------------------------------------------------------------------
 
 
-class Denoiser:
-    """A UNet that predicts perfectly: all pictures are one, and the input is what noise made of it."""
+class Denoiser(nn.Module):
+    """A UNet that gives back so much of its noise, and for the rest a picture."""
 
-    config, device, dtype = types.SimpleNamespace(in_channels=4), torch.device("cpu"), torch.float32
+    config = types.SimpleNamespace(in_channels=4, cross_attention_dim=8)
 
     def __init__(self, likeness: float) -> None:
+        super().__init__()
         self.likeness = likeness
 
-    def __call__(self, noisy, timestep, _text):
+    def forward(self, noisy, timestep, _text):
         picture = torch.linspace(-1, 1, noisy.numel()).reshape(noisy.shape)
         assert timestep == 999
         return types.SimpleNamespace(sample=self.likeness * noisy - (1 - self.likeness**2) ** 0.5 * picture)
 
 
-def test_noise_and_velocity_are_told_apart(noise):
+def test_noise_and_velocity_are_told_apart():
     a = 0.00466  # cumulative alpha of Stable Diffusion's last timestep
-    assert prediction_type.tell(Denoiser(1.0), noise(1, 4, 8)) == "epsilon"
-    assert prediction_type.tell(Denoiser(a**0.5), noise(1, 4, 8)) == "v_prediction"
-    assert prediction_type.tell(Denoiser(0.6), noise(1, 4, 8)) is None
+    assert prediction_type.tell(Denoiser(1.0)) == "epsilon"
+    assert prediction_type.tell(Denoiser(a**0.5)) == "v_prediction"
+    assert prediction_type.tell(Denoiser(0.4)) is None
 
 
-def test_a_trained_unet_shows_that_it_predicts_noise():
-    pipe = TuneAVideoPipeline.from_pretrained("pocket")
-
-    def frame(latents, timestep, text):
-        return types.SimpleNamespace(sample=pipe.unet(latents[:, :, None], timestep, text).sample[:, :, 0])
-
-    frame.config, frame.device, frame.dtype = pipe.unet.config, pipe.device, pipe.unet.dtype
-    assert prediction_type.tell(frame, pipe.encode_prompts([""]).text) == "epsilon"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_trained_unet_shows_that_it_predicts_noise(dtype):
+    unet = UNet2DConditionModel.from_pretrained(Path(locate("pocket")) / "unet", dtype=dtype)
+    assert prediction_type.tell(unet) == "epsilon"
+    assert unet.dtype == dtype
 
 
 @pytest.fixture
@@ -294,13 +294,13 @@ def v2_file(v_base, ldm, tmp_path, shipped):
 
 @pytest.mark.parametrize("told", ["epsilon", "v_prediction"])
 def test_stable_diffusion_2_is_taken_for_what_it_does(told, v2_file, monkeypatch, caplog):
-    monkeypatch.setattr(prediction_type, "tell", lambda _unet, _text: told)
+    monkeypatch.setattr(prediction_type, "tell", lambda _unet: told)
     assert TuneAVideoPipeline.from_pretrained(v2_file).scheduler.config.prediction_type == told
     assert f"taken for a model with prediction_type {told}" in caplog.text
 
 
 def test_stable_diffusion_2_that_does_not_show_it_asks(v2_file, monkeypatch):
-    monkeypatch.setattr(prediction_type, "tell", lambda _unet, _text: None)
+    monkeypatch.setattr(prediction_type, "tell", lambda _unet: None)
     refused(v2_file, r"Give prediction_type \(--prediction-type\)")
     for given in ("epsilon", "v_prediction"):
         pipe = TuneAVideoPipeline.from_pretrained(v2_file, prediction_type=given)
