@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tav_peft.errors import AdapterError, TavError
+from tav_peft.errors import AdapterError
 from tav_peft.whole import whole
 
 TENSORS_HASH, HEADER_HASH = "tensors_sha256", "header_sha256"  # entries of a hashed file's header
@@ -26,12 +26,6 @@ _DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
-
-
-def looks_pickled(head: bytes) -> bool:
-    """Say whether a file that begins with these bytes is a pickle, plain or zipped, and no safetensors file."""
-    # a safetensors header may be as long as those two bytes say; its JSON begins right after the length
-    return head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{"
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -59,7 +53,7 @@ class FileTensors(LazyTensors):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _opened(path, AdapterError) as file:
+        with _opened(path) as file:
             self.metadata: dict[str, str] = dict(file.metadata() or {})
             self.layout = {name: _shape_of(file, name) for name in file.keys()}  # noqa: SIM118
 
@@ -67,7 +61,7 @@ class FileTensors(LazyTensors):
         if name not in self.layout:
             raise KeyError(name)
         # opened anew for each: what an open file has read stays in memory until it is closed
-        with _opened(self.path, AdapterError) as file:
+        with _opened(self.path) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -86,33 +80,33 @@ def _shape_of(file: Any, name: str) -> Tensor:
     return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
-def read_tensors(
-    path: Path, failure: type[TavError] = AdapterError
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors and the header's metadata of a safetensors file, or say why not as `failure`."""
-    with _opened(path, failure) as file:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the header's metadata of a safetensors file, or say why not."""
+    with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
 
 
 @contextmanager
-def _opened(path: Path, failure: type[TavError]) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file, or say why not."""
     if not path.exists():
-        raise failure(f"{path} does not exist. Check the name.")
+        raise AdapterError(f"{path} does not exist. Check the name.")
     if path.is_dir():
-        raise failure(f"{path} is a folder; a safetensors file was expected.")
+        raise AdapterError(f"{path} is a folder; a safetensors file was expected.")
     with path.open("rb") as file:
         head = file.read(10)
-    if looks_pickled(head) or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise failure(
+    # a safetensors header may be as long as those two bytes say; its JSON begins right after the length
+    looks_pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{"
+    if looks_pickled or path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise AdapterError(
             f"{path.name} is a pickle, which can run code when opened. Only safetensors files are read."
         )
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise failure(
+        raise AdapterError(
             f"{path.name} is not a whole safetensors file ({error}). It was cut short or is something else; "
             "ask for it again."
         ) from None
