@@ -13,6 +13,7 @@ _HOME = {
     "inflate": "inflation",
     "merge": "merging",
     "tune": "tuning",
+    "verify": "verification",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

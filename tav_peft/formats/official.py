@@ -20,6 +20,7 @@ from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.official_run import UNKNOWN_CLIP, Run, find_run, read_weights
 from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, Subset, json_config
+from tav_peft.probe import probed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read(path: str | Path, base: LoadedBase, *, rank: int | None = None, caption
             made.add_lora(name.removesuffix(".weight"), tensor, unet.get_parameter(name), rank)
     plain = None if config is None else json_config(config)
     adapter = Adapter(made.tensors, plain, _provenance(base, run, caption, subset, rank))
-    return Imported(adapter, made.energy, made.inexact, made.deviation, base_checked=whole)
+    return Imported(probed(adapter, unet), made.energy, made.inexact, made.deviation, base_checked=whole)
 
 
 class _Conversion:

@@ -63,6 +63,20 @@ def test_info_and_export_read_what_tune_wrote(tuned):
     assert (folder / "as-peft" / "adapter_config.json").exists()
 
 
+def test_verify_finds_that_all_holds_until_a_bit_is_flipped(tuned, tmp_path):
+    folder, said = tuned
+    told = json.loads(tav("verify", said["adapter"], "--strict", "--json", cwd=folder).stdout)
+    assert {claim["name"]: claim["verdict"] for claim in told["claims"]} == {
+        **dict.fromkeys(("file", "tensors", "header", "config", "base", "modules", "t_attn", "probe"), "holds"),
+        "clip": "holds", "versions": "noted",
+    }  # fmt: skip
+    damaged = bytearray((folder / said["adapter"]).read_bytes())
+    damaged[-1000] ^= 1
+    (tmp_path / "damaged.safetensors").write_bytes(damaged)
+    done = tav("verify", "damaged.safetensors", cwd=tmp_path, code=1)
+    assert [line.split()[0] for line in done.stdout.splitlines() if "differs" in line] == ["tensors"]
+
+
 def test_invert_writes_a_trajectory(tuned):
     folder, said = tuned
     tav(

@@ -21,6 +21,7 @@ from tav_peft.inflation import inflate, is_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import ModelSection, Recipe
 from tav_peft.sources import read_as_tuned
+from tav_peft.verification import verify
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "fixtures" / "official" / "sd1-tiny"
 needs_shared = pytest.mark.skipif(
@@ -105,6 +106,12 @@ def test_base_and_adapter_are_the_runs_weights_bit_for_bit(run, tuned, pipe, tmp
     file = made.adapter.save(tmp_path / "adapter.safetensors")
     pipe.load_adapter(file)
     assert_equal(pipe.unet.state_dict(), tuned)
+
+
+def test_what_it_claims_can_be_verified(run, pipe, tmp_path):
+    file = official.read(run, pipe).adapter.save(tmp_path / "adapter.safetensors")
+    told = {claim.name: claim.verdict for claim in verify(file, pipe)}
+    assert {told[name] for name in ("tensors", "config", "base", "modules", "t_attn", "probe")} == {"holds"}
 
 
 def test_an_update_has_double_precision_only_where_single_would_round_the_weight(run, tuned, pipe):
