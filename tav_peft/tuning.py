@@ -112,11 +112,13 @@ def tune(
             keep()
             raise
         tuned = adapter()
+    if trail is None:
+        return probed(tuned, pipe.unet)
+    tuned.save(trail.output)  # before its probe, which hours of tuning must not depend on
+    plot_losses(losses, trail.plot)
+    trail.clear_state()
     result = probed(tuned, pipe.unet)
-    if trail is not None:
-        result.save(trail.output)
-        plot_losses(losses, trail.plot)
-        trail.clear_state()
+    result.save(trail.output)
     return result
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from tav_peft import tuning
 from tav_peft.adapter import Adapter
 from tav_peft.errors import TuningError
 from tav_peft.recipe import ModelSection, Recipe
@@ -277,3 +278,16 @@ def test_an_unfinished_tuning_of_another_variant_is_not_taken_over(pipe, clip, t
     assert pipe.unet.variant == ModelSection()
     with pytest.raises(TuningError, match="other settings"):
         tuned(pipe, clip, "model.attention=full", output=file)
+
+
+def test_a_probe_that_fails_costs_no_tuning(pipe, clip, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    whole = tuned(pipe, clip)
+    monkeypatch.setattr(tuning, "probed", fail)
+    with pytest.raises(MemoryError):
+        tuned(pipe, clip, output=tmp_path / "a.safetensors")
+    saved = Adapter.load(tmp_path / "a.safetensors")
+    assert saved.provenance.probe is None
+    assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in whole.tensors.items())
