@@ -166,9 +166,6 @@ def write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
             "pad_token": marks["pad_token"],
         },
     )
-    if not hasattr(tokenizer, "backend_tokenizer"):  # transformers 4
-        tokenizer.save_vocabulary(str(folder))
-        return
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     write_json(folder / "vocab.json", tokenizer.get_vocab())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
