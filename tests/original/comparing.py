@@ -33,7 +33,7 @@ def compare(
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     rule = RULES[kind]
     distance = largest = (ours.double() - theirs.double()).abs().max().item()
-    if largest > 0 and not rule.absolute:
+    if largest > 0 and rule.unit == "σ":
         spread = theirs.double().std().item()
         distance = largest / spread if spread > 0 else math.inf
     floor = rule.noise_floor(recording.noise_floor) if floor is None else floor
