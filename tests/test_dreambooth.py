@@ -14,7 +14,7 @@ from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.world import OBJECTS
 
 ROOT = Path(__file__).parents[1]
-FEW = ["--steps", "2", "--batch", "1", "--class-pictures", "2", "--sampling-steps", "1"]
+FEW = ["--steps", "2", "--batch", "1", "--prior", "robot", "--prior-pictures", "2", "--sampling-steps", "1"]
 
 
 def script(name, *arguments):

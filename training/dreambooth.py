@@ -3,7 +3,8 @@
     python training/dreambooth.py work/dreambooth
 
 The UNet is tuned whole on the subject's pictures with captions such as "a zwx robot is moving on the snow", and on
-pictures that pocket itself draws of the class ("a robot is ..."), so that it keeps what it knew (prior preservation).
+pictures that pocket itself draws ("a robot is moving on the beach"), so that it keeps what it knew (prior preservation).
+The paper draws them of the class alone (`--prior robot`); all objects are kept better if all are drawn.
 What comes out is a folder in diffusers layout that every command takes as `--base`. The folder dreambooth/ in it holds
 the subject's sprite and pictures, samples of the tuned model and the settings.
 """
@@ -82,15 +83,22 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where the new base is written")
     parser.add_argument("--identifier", default="zwx", help="a word that pocket never saw")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument(
-        "--batch", type=int, default=4, help="pictures of the subject, and of the class, a step"
+        "--lr", type=float, default=3e-4, help="the highest; it rises and falls as half a cosine"
     )
-    parser.add_argument("--prior-weight", type=float, default=1.0, help="weight of the class pictures' loss")
-    parser.add_argument("--class-pictures", type=int, default=64, help="how many pocket draws of the class")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="pictures of the subject, and of the prior, a step"
+    )
+    parser.add_argument(
+        "--prior", nargs="+", default=list(OBJECTS), help="objects that pocket draws to keep them"
+    )
+    parser.add_argument("--prior-pictures", type=int, default=8, help="how many of each")
+    parser.add_argument("--prior-weight", type=float, default=1.0, help="weight of their loss")
     parser.add_argument("--text-encoder", action="store_true", help="tune the text encoder as well")
-    parser.add_argument("--sampling-steps", type=int, default=25, help="of class pictures and samples")
+    parser.add_argument(
+        "--sampling-steps", type=int, default=25, help="of the prior's pictures and of the samples"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     name, started = f"{options.identifier} {CLASS}", time.monotonic()
@@ -98,11 +106,11 @@ def main() -> None:
     scenes = subject_scenes(name)
     shown = [Image.fromarray(render(scene)) for scene in scenes]
     subject = Pictures(pipe, shown, [scene.caption for scene in scenes])
-    captions = captions_of(CLASS, options.class_pictures)
+    captions = [caption for kept in options.prior for caption in captions_of(kept, options.prior_pictures)]
     drawn = draw(pipe, captions, guidance=GUIDANCE, steps=options.sampling_steps, seed=options.seed)
     prior = Pictures(pipe, drawn, captions)
     print(
-        f"{len(shown)} pictures of the subject, {len(drawn)} of the class, {time.monotonic() - started:.0f} s"
+        f"{len(shown)} pictures of the subject, {len(drawn)} of the prior, {time.monotonic() - started:.0f} s"
     )
 
     def step_loss(index: int) -> Tensor:
@@ -115,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for step, loss in train(
             nn.ModuleList([pipe.unet, pipe.text_encoder]), step_loss, steps=options.steps, lr=options.lr,
-            folder=Path(scratch), schedule=lambda *_: 1.0,
+            folder=Path(scratch),
         ):  # fmt: skip
             mean += loss / 50
             if step % 50 == 0:
