@@ -129,4 +129,5 @@ def test_an_adapter_of_the_papers_size_is_loaded_without_a_copy_of_it(tmp_path):
     assert told["reading"]["peak"] < 1.2 * told["file"]
     assert told["reading"]["read"] < 0.01 * told["file"]
     # on the UNet there are besides, the query projections with their updates, since the base's are kept
-    assert told["loading"]["peak"] < 1.2 * told["file"] + told["updates"]
+    # and what the allocator and PEFT's first use take, some 30 MB; a copy of the file would be 149 MB more
+    assert told["loading"]["peak"] < 1.5 * told["file"] + told["updates"]
