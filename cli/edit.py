@@ -48,7 +48,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     )
     files = edit_files(prompts, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
-    source = recorded if no_inversion and clip is None else source_of(tuned, adapter, clip)
+    source: Any = recorded if no_inversion and clip is None else source_of(tuned, adapter, clip)
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
     start: dict[str, Any] = {"fps": recorded.fps, "like": source if isinstance(source, Clip) else None}
