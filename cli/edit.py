@@ -2,12 +2,15 @@
 
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
 
 from tav_peft.cli import console, options
 from tav_peft.cli.outputs import edit_files, write_edit
+
+if TYPE_CHECKING:
+    from tav_peft.inversion import Inversion
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
@@ -22,6 +25,9 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
     strength: Annotated[float, Option(min=0, help="Of the adapter; 0: without tuning, the base.")] = 1.0,
+    inversion: Annotated[
+        Path | None, Option(help="What tav invert wrote for this clip and adapter; not given: invert now.")
+    ] = None,
     no_inversion: Annotated[
         bool, Option("--no-inversion", help="Start from noise, not from the clip.")
     ] = False,
@@ -34,10 +40,11 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
     from tav_peft import formats
     from tav_peft.clip import Clip
+    from tav_peft.inversion import Inversion
     from tav_peft.recipe import EditingSection
-    from tav_peft.sources import source_of
+    from tav_peft.sources import clip_nearby, source_of
 
-    _check_start(no_inversion, seed, depth)
+    _check_start(no_inversion, inversion, seed, depth)
     tuned, began = formats.read(adapter), perf_counter()
     prompts = prompt or list(tuned.provenance.recipe.get("edits", ()))
     if not prompts:
@@ -48,29 +55,39 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     )
     files = edit_files(prompts, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
-    source: Any = recorded if no_inversion and clip is None else source_of(tuned, adapter, clip)
+    kept = Inversion.load(inversion) if inversion else None
+    how = how.replace(num_inference_steps=steps or (kept and kept.num_inference_steps))
+    source: Any = source_of(tuned, adapter, clip) if clip or not (no_inversion or kept) else recorded
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
-    start: dict[str, Any] = {"fps": recorded.fps, "like": source if isinstance(source, Clip) else None}
+    like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
+    start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     if no_inversion:
         how = how.replace(depth=1.0)
         start["latents"] = pipe.noise(source, seed or 0)
+    elif kept:
+        kept.check_made_with(pipe.inverted_with() | {"clip": source.fingerprint})
+        start["inversion"] = kept
     else:
         with console.progress_bar("inverting") as moved:
-            start["inversion"] = pipe.invert(
-                source, num_inference_steps=how.num_inference_steps, depth=how.depth, progress=moved
-            )
+            start["inversion"] = pipe.invert(source, **how.inverting, progress=moved)
     with console.progress_bar("editing") as moved:
-        clips = pipe(prompts, **start, progress=moved, **how.model_dump()).clips
+        clips = pipe(prompts, **start, progress=moved, **how.sampling).clips
     edits = [write_edit(*each) for each in zip(clips, prompts, files, strict=True)]
     details = {
-        **how.model_dump(), "strength": strength, "inversion": not no_inversion,
+        **how.sampling, "strength": strength, "inversion": _told(start.get("inversion")),
         "seed": (seed or 0) if no_inversion else None, "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
 
 
-def _check_start(no_inversion: bool, seed: int | None, depth: float | None) -> None:
+def _told(inversion: "Inversion | None") -> dict[str, Any] | None:
+    return {name: inversion.info.get(name) for name in ("method", "unet_passes")} if inversion else None
+
+
+def _check_start(no_inversion: bool, inversion: Path | None, seed: int | None, depth: float | None) -> None:
+    if no_inversion and inversion:
+        raise BadParameter("a file to start from, and --no-inversion uses none.", param_hint="--inversion")
     if no_inversion and depth is not None:
         raise BadParameter("how far to invert, and --no-inversion inverts nothing.", param_hint="--depth")
     if seed is not None and not no_inversion:

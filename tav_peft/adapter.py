@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -155,6 +157,15 @@ class Adapter:
     def weights(self) -> dict[str, Tensor]:
         """All tensors but the latents."""
         return {name: tensor for name, tensor in self.tensors.items() if name != LATENTS}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash what acts on a model (SHA-256, hex): the PEFT config and the tensors, without the latents."""
+        digest = hashlib.sha256(json.dumps(self.peft_config, sort_keys=True).encode())
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Count tensors, parameters and bytes, in all and for each part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,14 @@ class Attachments:
     def names(self) -> list[str]:
         """Names of the attached adapters, in the order they came."""
         return list(self._slots)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Say in plain values which adapters act, each with its strengths; in an order of its own."""
+        acting = [slot for slot in self._slots.values() if any(slot.strength.values())]
+        said: list[dict[str, Any]] = [
+            {"fingerprint": slot.adapter.fingerprint, "strength": slot.strength.copy()} for slot in acting
+        ]
+        return sorted(said, key=lambda adapter: json.dumps(adapter, sort_keys=True))
 
     def attach(self, name: str, adapter: Adapter, strength: Strength = 1.0) -> None:
         """Add an adapter under a name.

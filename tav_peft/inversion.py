@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,22 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
+from tav_peft.recipe import InversionMethod
 from tav_peft.shapes import Latents
 from tav_peft.tensor_file import read_tensors, write_tensors
+
+Predict = Callable[[Latents, int], Latents]  # the model's output for latents at a timestep
+TimestepPair = tuple[int, float, float]  # a timestep, alpha before it, alpha at it
+
+ITERATIONS = 5
+TOLERANCE = 0.01  # root mean square, of latents whose standard deviation is near 1
+
+_MADE_WITH = {
+    "base_fingerprint": "another base",
+    "prediction_type": "another prediction type",
+    "adapters": "another adapter, or at another strength",
+    "clip": "another clip",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,12 +54,38 @@ class Inversion:
         steps = max(1, round(depth * self.num_inference_steps))
         return self.trajectory[steps][None], steps
 
+    def noted(self, **more: Any) -> Inversion:
+        """Return it with more to say about itself; `save` keeps what JSON can."""
+        return dataclasses.replace(self, info={**self.info, **more})
+
+    def check_made_with(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse to be used with another base, other adapters or another clip than it was made with.
+
+        `wanted` is `pipe.inverted_with()`, and the fingerprint of the clip.
+
+        Raises:
+            AdapterError: naming what is other, and what to do.
+
+        """
+        wrong = [what for key, what in _MADE_WITH.items() if self.info.get(key) != wanted[key]]
+        if wrong:
+            own = f"base {self.info.get('base')}, clip {self.info.get('name') or 'without a name'}"
+            raise AdapterError(
+                f"The inversion ({own}) was made with {', '.join(wrong)}. Make it again with `tav invert`, "
+                "or edit with what it was made with."
+            )
+
     def save(self, path: str | Path) -> Path:
         """Write the whole trajectory to one safetensors file."""
         header = {
             "tav_peft_inversion": json.dumps({"steps": self.num_inference_steps, **self.info}, sort_keys=True)
         }
         return write_tensors(path, {"trajectory": self.trajectory}, header)
+
+    @property
+    def depth(self) -> float:
+        """How far the clip was inverted, in (0, 1]."""
+        return (len(self.trajectory) - 1) / self.num_inference_steps
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
@@ -61,40 +102,34 @@ class Inversion:
             ) from None
 
 
-def ddim_coefficients(alpha: float, alpha_next: float, prediction_type: str) -> tuple[float, float]:
-    """Coefficients (a, b) of one deterministic DDIM step, x_next = a·x + b·output (Song et al. 2021, eq. 12, eta 0).
+def predicted_noise(output: Latents, latents: Latents, alpha: float, prediction_type: str) -> Latents:
+    """Turn the model's output at `latents`, whose cumulative product is `alpha` in (0, 1), into the noise it means.
 
-    `alpha` and `alpha_next` are cumulative products in (0, 1]; the output is the predicted noise (epsilon), velocity
-    (v_prediction; Salimans & Ho 2022, where the step is a rotation) or clean latents (sample).
+    The output is noise (epsilon), velocity √alpha·noise - √(1-alpha)·clean (v_prediction; Salimans & Ho 2022), or clean
+    latents (sample).
     """
-    sigma, sigma_next = (1 - alpha) ** 0.5, (1 - alpha_next) ** 0.5
     if prediction_type == "epsilon":
-        a = (alpha_next / alpha) ** 0.5
-        return a, sigma_next - a * sigma
+        return output
     if prediction_type == "v_prediction":
-        cosine = (alpha * alpha_next) ** 0.5 + sigma * sigma_next
-        return cosine, sigma_next * alpha**0.5 - sigma * alpha_next**0.5
+        return alpha**0.5 * output + (1 - alpha) ** 0.5 * latents
     if prediction_type == "sample":
-        a = sigma_next / sigma
-        return a, alpha_next**0.5 - a * alpha**0.5
+        return (latents - alpha**0.5 * output) / (1 - alpha) ** 0.5
     raise AdapterError(
         f"The scheduler predicts {prediction_type!r}. Use a base with epsilon or v_prediction."
     )
 
 
-def inverse_step(
-    latents: Latents, output: Latents, alpha: float, alpha_next: float, prediction_type: str
-) -> Latents:
-    """Undo a DDIM step: from `alpha` (cleaner) to `alpha_next` (noisier), with the output a sampler would use there.
+def inverse_step(latents: Latents, noise: Latents, alpha: float, alpha_next: float) -> Latents:
+    """Undo a DDIM step: from `alpha` (cleaner) to `alpha_next` (noisier), with the noise a sampler would see there.
 
-    Shapes are (batch, channels, frames, height, width). Exact if `output` were the model's at the result; taking it
-    at `latents` is the approximation of DDIM inversion.
+    Shapes are (batch, channels, frames, height, width); alphas are cumulative products in (0, 1]. Song et al. 2021,
+    eq. 12 with eta 0, solved for its input.
     """
-    a, b = ddim_coefficients(alpha_next, alpha, prediction_type)
-    return (latents - b * output) / a
+    scale = (alpha_next / alpha) ** 0.5
+    return scale * latents + ((1 - alpha_next) ** 0.5 - scale * (1 - alpha) ** 0.5) * noise
 
 
-def timestep_pairs(scheduler: DDIMScheduler, num_inference_steps: int) -> list[tuple[int, float, float]]:
+def timestep_pairs(scheduler: DDIMScheduler, num_inference_steps: int) -> list[TimestepPair]:
     """List (timestep, alpha before, alpha at it) from the cleanest to the noisiest sampling timestep.
 
     The timesteps are the sampler's own; the alpha before is the one its step ends on.
@@ -111,24 +146,58 @@ def timestep_pairs(scheduler: DDIMScheduler, num_inference_steps: int) -> list[t
 
 @torch.no_grad()
 def invert(
-    predict: Callable[[Latents, int], Latents],
+    predict: Predict,
     latents: Latents,
     scheduler: DDIMScheduler,
     num_inference_steps: int,
     *,
     steps: int | None = None,
+    method: InversionMethod = "ddim",
+    iterations: int = ITERATIONS,
+    tolerance: float = TOLERANCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Invert clean latents (1, channels, frames, height, width) and return the trajectory.
 
     `predict(latents, timestep)` is the model's output. With `steps` only the first (cleanest) ones are gone through.
+
+    A sampler's step from y to x takes the noise that the model sees in y, which inversion looks for. `ddim` takes the
+    noise seen in x instead (Song et al. 2021, section 4.3), one pass of the model a step. `fixed_point` solves
+    y = inverse_step(x, noise(y)) by iteration (Pan et al. 2023; Meiri et al. 2023), from where the former step's noise
+    leads, which costs no pass. A step ends after `iterations` passes, or when one moves y by no more than `tolerance`.
     """
     pairs = timestep_pairs(scheduler, num_inference_steps)[: steps or num_inference_steps]
-    trajectory = [latents]
-    for done, (timestep, alpha, alpha_next) in enumerate(pairs, start=1):
-        output = predict(latents, timestep)
-        latents = inverse_step(latents, output, alpha, alpha_next, scheduler.config.prediction_type)
-        trajectory.append(latents)
+    kind, passes = scheduler.config.prediction_type, iterations if method == "fixed_point" else 1
+    # half precision would round away a part of what a step changes
+    current = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    trajectory, noise = [latents], None
+
+    def seen(x: Latents, timestep: int) -> Latents:
+        return predict(x.to(latents.dtype), timestep).to(x.dtype)
+
+    for done, pair in enumerate(pairs, start=1):
+        improve = functools.partial(_improve, seen, kind, current, pair)
+        start = current if method == "ddim" or noise is None else inverse_step(current, noise, *pair[1:])
+        for _ in range(passes):
+            current, noise = improve(start)
+            if (current - start).square().mean().sqrt() <= tolerance:
+                break
+            start = current
+        trajectory.append(current.to(latents.dtype))
         if progress is not None:
             progress(done, len(pairs))
     return torch.cat(trajectory)
+
+
+def _improve(
+    predict: Predict, prediction_type: str, latents: Latents, pair: TimestepPair, guess: Latents
+) -> tuple[Latents, Latents]:
+    """Take an inverse step with the noise that the model sees in a guess of its result; return result and noise."""
+    timestep, alpha, alpha_next = pair
+    output = predict(guess, timestep)
+    if alpha_next > 0:
+        noise = predicted_noise(output, guess, alpha_next, prediction_type)
+    else:  # where no signal is left the output is all about the clean latents; what they do not explain is noise
+        clean = -output if prediction_type == "v_prediction" else output
+        noise = (latents - alpha**0.5 * clean) / (1 - alpha) ** 0.5
+    return inverse_step(latents, noise, alpha, alpha_next), noise

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -26,8 +26,9 @@ from tav_peft.clip import Clip
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet, inflate
-from tav_peft.inversion import Inversion, invert
+from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
 from tav_peft.prediction_type import check as check_prediction_type
+from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import set_timesteps, start_scale
 from tav_peft.shapes import Latents
 
@@ -222,7 +223,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def decode_latents(self, latents: Latents, *, like: Clip | None = None, fps: float = 8.0) -> list[Clip]:
         """Decode each row of clean latents to a clip; `like` lends its frame rate and sound."""
-        return autoencoding.decode(self.vae, latents, like=like, fps=fps)
+        return autoencoding.decode(self.vae, latents.to(self._execution_device), like=like, fps=fps)
 
     def predict(self, latents: Latents, timestep: Tensor | int, conditions: Conditions) -> Latents:
         """Run the UNet: the noise or velocity it sees in latents of as many rows as there are conditions."""
@@ -256,17 +257,28 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         num_inference_steps: int = 50,
         depth: float = 1.0,
+        method: str = "ddim",
+        iterations: int = ITERATIONS,
+        tolerance: float = TOLERANCE,
         progress: Progress | None = None,
     ) -> Inversion:
         """Invert a clip, or its clean latents, by DDIM without text, with the adapters that are on.
 
-        Only the share `depth` of the steps, from the clean end, is gone through.
+        Only the share `depth` of the steps, from the clean end, is gone through. `method` is `ddim` or `fixed_point`
+        (see `inversion.invert`); the latter makes up to `iterations` UNet passes a step, until one moves the latents by
+        no more than `tolerance`. The result's `info["unet_passes"]` says how many there were.
 
         Raises:
             TavError: for impossible steps, depth or sizes.
 
         """
         _check_steps(num_inference_steps, depth)
+        if method not in get_args(InversionMethod):
+            raise TavError(
+                f"{method!r} is no way to invert: give one of {', '.join(get_args(InversionMethod))}."
+            )
+        if iterations < 1:
+            raise TavError(f"{iterations} iterations: give at least 1.")
         given = clip_or_latents
         latents = self.encode_clip(given) if isinstance(given, Clip) else given
         latents = latents.to(self._execution_device, self.unet.dtype)
@@ -276,17 +288,37 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         nothing = self.encode_prompts([""], size=self._size_of(latents))
 
+        passes = itertools.count()
+
         def predict(x: Latents, timestep: int) -> Latents:
+            next(passes)
             return self.predict(x, timestep, nothing)
 
-        steps = max(1, round(depth * num_inference_steps))
-        scheduler = self.inversion_scheduler()
-        trajectory = invert(predict, latents, scheduler, num_inference_steps, steps=steps, progress=progress)
+        trajectory = invert(
+            predict,
+            latents,
+            self.inversion_scheduler(),
+            num_inference_steps,
+            steps=max(1, round(depth * num_inference_steps)),
+            method=cast("InversionMethod", method),
+            iterations=iterations,
+            tolerance=tolerance,
+            progress=progress,
+        )
         self.maybe_free_model_hooks()
-        info: dict[str, Any] = {"prediction_type": scheduler.config.prediction_type, "base": self.base_name}
+        info = self.inverted_with() | {"method": method, "unet_passes": next(passes)}
         if isinstance(given, Clip):
             info |= {"clip": given.fingerprint, "fps": given.fps, "name": given.name}
         return Inversion(trajectory.cpu(), num_inference_steps, info)
+
+    def inverted_with(self) -> dict[str, Any]:
+        """Say what an inversion made now depends on, besides the clip: the base, and the adapters that are on."""
+        return {
+            "base": self.base_name,
+            "base_fingerprint": self.base_fingerprint,
+            "prediction_type": self.scheduler.config.prediction_type,
+            "adapters": self._attachments.record(),
+        }
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913  (options of one edit, named as in diffusers)

@@ -48,6 +48,7 @@ Part = Literal["st_attn", "cross_attn", "t_attn"]
 Block = Literal["down", "mid", "up"]
 Fit = Literal["keep", "crop", "pad", "squash"]
 Precision = Literal["fp32", "fp16", "bf16"]
+InversionMethod = Literal["ddim", "fixed_point"]
 FrameAttention = Literal["sparse_causal", "causal", "full", "frame"]
 FrameNorm = Literal["joint", "frame"]
 _Number = Annotated[float, BeforeValidator(_number)]
@@ -125,12 +126,32 @@ class TrainingSection(_Frozen):
 
 
 class EditingSection(_Frozen):
-    """How the tuned model is sampled unless an edit says otherwise."""
+    """How the clip is inverted and the tuned model is sampled unless an edit says otherwise.
+
+    `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only.
+    """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
     num_inference_steps: Annotated[int, Field(ge=1, le=999)] = 50
     depth: Annotated[_Number, Field(gt=0, le=1)] = 1.0
     negative_prompt: str = ""
+    inversion_method: InversionMethod = "ddim"
+    inversion_iterations: Annotated[int, Field(ge=1)] = 5
+
+    @property
+    def inverting(self) -> dict[str, Any]:
+        """Give the arguments of `pipe.invert`."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "depth": self.depth,
+            "method": self.inversion_method,
+            "iterations": self.inversion_iterations,
+        }
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Give the arguments of `pipe(prompt, …)`."""
+        return self.model_dump(exclude={"inversion_method", "inversion_iterations"})
 
 
 class Recipe(_Frozen):

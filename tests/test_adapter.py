@@ -1,5 +1,6 @@
 """Adapter files: what is saved comes back to the bit, and what is no adapter is refused with the reason."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -264,3 +265,18 @@ def test_a_dense_adapter_with_a_lora_config_is_refused(make_adapter, tmp_path):
     path = Adapter(dense.tensors, lora.peft_config, dense.provenance).save(tmp_path / "mixed.safetensors")
     with pytest.raises(AdapterError, match="PEFT config"):
         Adapter.load(path)
+
+
+def test_the_fingerprint_is_of_the_update_alone(make_adapter, tmp_path):
+    adapter = make_adapter("hybrid", seed=1)
+    assert Adapter.load(adapter.save(tmp_path / "a.safetensors")).fingerprint == adapter.fingerprint
+    with_latents = dataclasses.replace(
+        adapter, tensors={**adapter.tensors, LATENTS: torch.zeros(1, 4, 1, 2, 2)}
+    )
+    assert with_latents.fingerprint == adapter.fingerprint
+    others = [
+        make_adapter("hybrid", seed=2),
+        make_adapter("hybrid", seed=1, alpha=7.0),
+        make_adapter("paper", seed=1),
+    ]
+    assert len({each.fingerprint for each in (adapter, *others)}) == 4

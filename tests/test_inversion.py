@@ -5,26 +5,67 @@ import torch
 from diffusers import DDIMScheduler
 
 from tav_peft.errors import AdapterError
-from tav_peft.inversion import Inversion, ddim_coefficients, inverse_step, invert, timestep_pairs
+from tav_peft.inversion import Inversion, inverse_step, invert, predicted_noise, timestep_pairs
 from tav_peft.tensor_file import write_tensors
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
 
-def scheduler(prediction_type="epsilon"):
+def scheduler(prediction_type="epsilon", **settings):
     return DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+        prediction_type=prediction_type, **({"set_alpha_to_one": False, "steps_offset": 1} | settings),
     )  # fmt: skip
+
+
+def meaning(noise, latents, alpha, kind):
+    """What a model of that kind puts out at the latents to mean this noise."""
+    clean = (latents - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    if kind == "v_prediction":
+        return alpha**0.5 * noise - (1 - alpha) ** 0.5 * clean
+    return clean if kind == "sample" else noise
+
+
+def sampled(predict, sampler, latents, steps):
+    """Diffusers' own sampling, from the noise end."""
+    sampler.set_timesteps(steps)
+    for t in sampler.timesteps:
+        latents = sampler.step(predict(latents, int(t)), t, latents).prev_sample
+    return latents
+
+
+class Gaussian:
+    """The ideal model of latents drawn from N(mean, spread²), in double precision.
+
+    The noise in x = √a·z + √(1-a)·e is expected to be √(1-a)·(x - √a·mean) / (a·spread² + 1 - a).
+    """
+
+    def __init__(self, sampler, spread=0.5, mean=0.3):
+        self.alphas, self.kind = sampler.alphas_cumprod.double(), sampler.config.prediction_type
+        self.spread, self.mean, self.passes = spread, mean, 0
+
+    def __call__(self, x, timestep):
+        self.passes += 1
+        a = float(self.alphas[timestep])
+        noise = (1 - a) ** 0.5 * (x - a**0.5 * self.mean) / (a * self.spread**2 + 1 - a)
+        return meaning(noise, x, a, self.kind)
+
+
+def returned(kind, latents, steps, *, taken_as=None, **options):
+    """Invert latents under the ideal model, sample back, and give the error (RMS) and the passes of the inversion."""
+    sampler = scheduler(kind)
+    model = Gaussian(sampler)
+    end = invert(model, latents, scheduler(taken_as or kind), steps, **options)[-1:]
+    passes = model.passes
+    return float((sampled(model, sampler, end, steps) - latents).square().mean().sqrt()), passes
 
 
 def test_the_timesteps_are_the_originals():
     pairs = timestep_pairs(scheduler(), 10)
     assert [t for t, _, _ in pairs] == [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
     alphas = scheduler().alphas_cumprod
-    assert pairs[0][1] == pytest.approx(
-        float(alphas[0])
-    )  # the first step starts at the end of the sampler's last
+    # the first step starts at the end of the sampler's last
+    assert pairs[0][1] == pytest.approx(float(alphas[0]))
     assert pairs[3][1:] == pytest.approx((float(alphas[201]), float(alphas[301])))
 
 
@@ -35,39 +76,104 @@ def test_a_step_back_undoes_diffusers_step(kind, t, noise):
     sampler.set_timesteps(50)
     x, output = noise(1, 4, 2, 8, 8), noise(1, 4, 2, 8, 8, seed=1)
     cleaner = sampler.step(output, t, x).prev_sample
-    alphas = sampler.alphas_cumprod
-    back = inverse_step(cleaner, output, float(alphas[t - 20]), float(alphas[t]), kind)
+    alpha, alpha_next = float(sampler.alphas_cumprod[t - 20]), float(sampler.alphas_cumprod[t])
+    back = inverse_step(cleaner, predicted_noise(output, x, alpha_next, kind), alpha, alpha_next)
     assert torch.allclose(back, x, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_step_to_the_same_noise_level_changes_nothing(kind):
-    a, b = ddim_coefficients(0.3, 0.3, kind)
-    assert a == pytest.approx(1)
-    assert b == pytest.approx(0, abs=1e-12)
+def test_a_step_to_the_same_noise_level_changes_nothing(noise):
+    x = noise(1, 4, 1, 4, 4)
+    assert torch.equal(inverse_step(x, noise(1, 4, 1, 4, 4, seed=1), 0.3, 0.3), x)
 
 
-def test_an_unknown_prediction_type_is_refused():
+def test_an_unknown_prediction_type_is_refused(noise):
     with pytest.raises(AdapterError, match="flow"):
-        ddim_coefficients(0.5, 0.4, "flow")
+        predicted_noise(noise(1, 4, 1, 4, 4), noise(1, 4, 1, 4, 4), 0.5, "flow")
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_inversion_then_sampling_gives_the_clip_back_when_the_model_does_not_depend_on_the_latents(
-    kind, noise
-):
-    clean, sampler = noise(1, 4, 2, 8, 8), scheduler(kind)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["ddim", "fixed_point"])
+def test_inversion_is_undone_exactly_when_the_noise_does_not_depend_on_the_latents(kind, method, noise):
+    clean, sampler = noise(1, 4, 2, 8, 8).double(), scheduler(kind)
 
     def predict(x, t):
-        return noise(*x.shape, seed=t)
+        return meaning(noise(*x.shape, seed=t).double(), x, float(sampler.alphas_cumprod[t]), kind)
 
-    trajectory = invert(predict, clean, sampler, 20)
+    trajectory = invert(predict, clean, sampler, 20, method=method)
     assert len(trajectory) == 21
-    x = trajectory[-1][None]
-    sampler.set_timesteps(20)
-    for t in sampler.timesteps:
-        x = sampler.step(predict(x, int(t)), t, x).prev_sample
-    assert torch.allclose(x, clean, atol=1e-3)
+    back = sampled(predict, sampler, trajectory[-1:], 20)
+    torch.testing.assert_close(back, clean, rtol=0, atol=1e-5)  # diffusers keeps its alphas in float32
+
+
+# -- an ideal model, whose noise depends on the latents --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_of_ddim_is_of_first_order_in_the_step(kind, noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    coarse, fine = (returned(kind, clean, steps)[0] for steps in (50, 200))
+    assert 3 < coarse / fine < 6
+    assert fine < 0.02
+
+
+def test_the_ideal_v_model_comes_back_and_is_not_taken_for_noise_as_the_original_does(noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    for steps in (25, 100):  # more of them mend nothing
+        ours, _ = returned("v_prediction", clean, steps)
+        theirs, _ = returned("v_prediction", clean, steps, taken_as="epsilon")
+        assert ours < 5 / steps
+        assert theirs > 0.5
+
+
+@pytest.mark.parametrize("method", ["ddim", "fixed_point"])
+def test_models_that_mean_the_same_noise_give_the_same_inversion_whatever_they_predict(method, noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    ends = [
+        invert(Gaussian(scheduler(kind)), clean, scheduler(kind), 25, method=method)[-1] for kind in KINDS
+    ]
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fixed_point_is_the_exact_inverse(kind, noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    error, _ = returned(kind, clean, 10, method="fixed_point", iterations=200, tolerance=1e-12)
+    assert error < 1e-5  # diffusers keeps its alphas in float32
+
+
+def test_beginning_where_the_former_noise_leads_beats_ddim_at_the_same_cost(noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    plain, warm = (
+        returned("epsilon", clean, 25),
+        returned("epsilon", clean, 25, method="fixed_point", iterations=1),
+    )
+    assert plain[1] == warm[1] == 25
+    assert warm[0] < 0.5 * plain[0]
+
+
+def test_a_step_ends_when_a_pass_moves_it_by_no_more_than_the_tolerance(noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    passes = [
+        returned("epsilon", clean, 10, method="fixed_point", iterations=6, tolerance=tolerance)[1]
+        for tolerance in (0.0, 1e-3, 10.0)
+    ]
+    assert passes[0] == 60
+    assert 10 < passes[1] < 60
+    assert passes[2] == 10
+
+
+def test_half_precision_loses_what_its_rows_lose_and_no_more(noise):
+    """Running in bfloat16 itself, 100 small steps would each be rounded away by up to its 2^-9."""
+    clean = noise(1, 4, 2, 8, 8).bfloat16()
+    model = Gaussian(scheduler())
+    exact = invert(model, clean.double(), scheduler(), 100)[-1]
+    half = invert(lambda x, t: model(x.double(), t), clean, scheduler(), 100)[-1]
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - exact).abs().max() < 2 * 2**-9 * exact.abs().max()
+
+
+# -- how far, and how it is kept -------------------------------------------------------------------------------
 
 
 def test_only_the_asked_steps_are_gone_through_and_told(noise):
@@ -91,6 +197,8 @@ def test_depth_picks_the_row_and_the_steps_that_are_left(noise):
     assert left == 5
     assert inversion.at(1.0)[1] == 10
     assert inversion.at(0.001)[1] == 1
+    assert inversion.depth == 1
+    assert Inversion(noise(4, 4, 2, 4, 4), 10).depth == 0.3
 
 
 def test_a_saved_inversion_comes_back(tmp_path, noise):
@@ -98,6 +206,36 @@ def test_a_saved_inversion_comes_back(tmp_path, noise):
     back = Inversion.load(inversion.save(tmp_path / "i.safetensors"))
     assert torch.equal(back.trajectory, inversion.trajectory)
     assert (back.num_inference_steps, back.info) == (3, {"fps": 8.0})
+
+
+MADE = {
+    "base": "tiny",
+    "name": "a.mp4",
+    "base_fingerprint": "b",
+    "prediction_type": "epsilon",
+    "clip": "c",
+} | {"adapters": [{"fingerprint": "a", "strength": {"t_attn": 1.0}}]}
+
+
+def test_an_inversion_serves_what_it_was_made_with_even_after_it_was_saved(tmp_path, noise):
+    inversion = Inversion(noise(4, 4, 2, 4, 4), 3).noted(**MADE).noted(method="ddim")
+    Inversion.load(inversion.save(tmp_path / "i.safetensors")).check_made_with(MADE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_fingerprint": "x"}, "another base. Make it again"),
+        ({"prediction_type": "v_prediction"}, "another prediction type. Make"),
+        ({"adapters": []}, "another adapter, or at another strength. Make"),
+        ({"adapters": [{"fingerprint": "a", "strength": {"t_attn": 0.5}}]}, "at another strength. Make"),
+        ({"clip": "x", "base_fingerprint": "x"}, "with another base, another clip. Make"),
+    ],
+)
+def test_an_inversion_does_not_serve_anything_else(changes, said, noise):
+    inversion = Inversion(noise(4, 4, 2, 4, 4), 3, MADE)
+    with pytest.raises(AdapterError, match=said):
+        inversion.check_made_with(MADE | changes)
 
 
 def test_an_adapter_is_no_inversion(tmp_path, make_adapter):
@@ -125,10 +263,12 @@ def test_a_damaged_header_is_refused(header, tmp_path, noise):
     ids=lambda given: given if isinstance(given, str) else " ".join(given),
 )
 def test_every_spacing_of_timesteps_is_undone(kind, settings, noise):
-    sampler = DDIMScheduler.from_config(scheduler(kind).config, **settings)
-    clean, output = noise(1, 4, 2, 8, 8).double(), noise(1, 4, 2, 8, 8, seed=1).double()
-    x = invert(lambda *_: output, clean, sampler, 10)[-1:]
-    sampler.set_timesteps(10)
-    for t in sampler.timesteps:
-        x = sampler.step(output, t, x).prev_sample
-    torch.testing.assert_close(x, clean, rtol=0, atol=1e-5)  # diffusers keeps its alphas in float32
+    sampler = scheduler(kind, **settings)
+    clean, constant = noise(1, 4, 2, 8, 8).double(), noise(1, 4, 2, 8, 8, seed=1).double()
+
+    def predict(x, t):
+        alpha = float(sampler.alphas_cumprod[t])
+        return meaning(constant, x, alpha, kind) if alpha else constant
+
+    back = sampled(predict, sampler, invert(predict, clean, sampler, 10)[-1:], 10)
+    torch.testing.assert_close(back, clean, rtol=0, atol=1e-5)  # diffusers keeps its alphas in float32

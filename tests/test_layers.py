@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo",),
-    ("tuning", "report", "merging", "verification"),
+    ("tuning", "report", "reconstruction", "merging", "verification"),
     ("pipeline",),
     ("formats", "trainable", "trail", "sources", "updates"),
     ("probe",),

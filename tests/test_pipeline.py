@@ -154,6 +154,66 @@ def test_an_inversion_is_undone_by_sampling_without_guidance_the_better_the_fine
     assert errors[1] < 0.4 * errors[0]  # of first order in the step, so about a quarter
 
 
+@pytest.mark.parametrize("which", ["pipe", "v_pipe"])
+def test_the_fixed_point_comes_back_nearer_than_ddim_and_tells_its_passes(which, request, clip):
+    pipe = request.getfixturevalue(which)
+    calls = []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *a, **k: calls.append(1) or forward(*a, **k)
+    errors = []
+    # fine steps: a random UNet answers small changes with large ones, and a coarse step has no fixed point there
+    for method, iterations in (("ddim", 1), ("fixed_point", 1), ("fixed_point", 12)):
+        calls.clear()
+        inversion = pipe.invert(
+            clip, num_inference_steps=300, depth=0.01, method=method, iterations=iterations, tolerance=1e-5
+        )
+        assert inversion.info["unet_passes"] == len(calls)
+        back = pipe("", inversion=inversion, guidance_scale=1, depth=0.01).latents
+        errors.append(float((back - inversion.clean).square().mean().sqrt()))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[2] < 3e-5  # measured are 5e-6 and 4e-6
+
+
+def test_a_model_of_velocity_inverts_as_the_model_of_noise_that_it_is_made_of(pipe, clip, monkeypatch):
+    """v = sqrt(a) e - sqrt(1 - a) x0 of the same UNet: another output, the same denoiser."""
+    noise = pipe.invert(clip, num_inference_steps=10)
+    alphas, forward = pipe.scheduler.alphas_cumprod, pipe.unet.forward
+
+    def velocity(x, timestep, *args, **kwargs):
+        a, e = alphas[int(timestep)], forward(x, timestep, *args, **kwargs).sample
+        return UNet2DConditionOutput(
+            sample=a.sqrt() * e - (1 - a).sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt()
+        )
+
+    monkeypatch.setattr(pipe.unet, "forward", velocity)
+    wrong = pipe.invert(clip, num_inference_steps=10)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    right = pipe.invert(clip, num_inference_steps=10)
+    assert right.info["prediction_type"] == "v_prediction"
+    torch.testing.assert_close(right.trajectory, noise.trajectory, rtol=0, atol=1e-4)
+    assert (wrong.trajectory[-1] - noise.trajectory[-1]).abs().max() > 0.5
+    errors = [
+        (pipe("", inversion=one, guidance_scale=1).latents - one.clean).abs().mean() for one in (right, wrong)
+    ]
+    assert errors[0] < 0.1 * errors[1]
+
+
+def test_an_inversion_says_which_base_and_adapters_it_was_made_with(pipe, make_adapter, clip):
+    plain = pipe.invert(clip, num_inference_steps=1).info
+    assert (plain["base"], plain["adapters"], plain["clip"]) == ("tiny", [], clip.fingerprint)
+    first, second = make_adapter(seed=1), make_adapter("hybrid", seed=2)
+    pipe.load_adapter(first, adapter_name="one")
+    pipe.load_adapter(second, adapter_name="two", strength={"t_attn": 0.5})
+    told = {
+        each["fingerprint"]: each["strength"]
+        for each in pipe.invert(clip, num_inference_steps=1).info["adapters"]
+    }
+    assert told[first.fingerprint] == {"st_attn": 1.0, "cross_attn": 1.0, "t_attn": 1.0}
+    assert told[second.fingerprint] == {"st_attn": 1.0, "cross_attn": 1.0, "t_attn": 0.5}
+    pipe.set_adapters(["one", "two"], [0.0, 0.0])
+    assert pipe.invert(clip, num_inference_steps=1).info == plain  # off, they do nothing
+
+
 def test_a_generator_is_given_only_to_schedulers_that_take_one(pipe, inversion):
     plain = pipe("a man", inversion=inversion).latents
     assert torch.equal(pipe("a man", inversion=inversion, generator=torch.Generator()).latents, plain)
@@ -185,6 +245,11 @@ def test_latents_are_inverted_as_the_clip_they_came_from(pipe, clip):
         (lambda p, _: p("a"), "either an inversion"),
         (lambda p, i: p.invert(i.clean[0]), r"Latents of shape \(4, 3, 8, 8\)"),
         (lambda p, i: p.invert(i.clean, num_inference_steps=0), "0 steps"),
+        (lambda p, i: p.invert(i.clean, iterations=0), "0 iterations: give at least 1"),
+        (
+            lambda p, i: p.invert(i.clean, method="null"),
+            "'null' is no way to invert: give one of ddim, fixed_point",
+        ),
         (lambda p, i: p.invert(i.clean, num_inference_steps=1000), "1000 steps: give between 1 and 999"),
     ],
 )

@@ -1,5 +1,6 @@
 """The command line on a stand-in for the library: what a command asks for is recorded, nothing is computed."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,15 @@ from typer.testing import CliRunner, Result
 import tav_peft
 from tav_peft.cli import options
 from tav_peft.cli.main import app
+from tav_peft.inversion import Inversion
 from tav_peft.recipe import Recipe
+from tav_peft.reconstruction import Reconstruction
 
 
 class FakeClip:
     """A clip that records how it was read and written."""
+
+    fingerprint = "a clip"
 
     reads: list[tuple[Path, dict[str, Any]]]
     writes: list[tuple[Path, int]]
@@ -48,6 +53,8 @@ class Library:
     inversions: list[dict[str, Any]] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
     attached: list[float] = field(default_factory=list)
+    measured: list[tuple[Any, Inversion]] = field(default_factory=list)
+    nearby: Any = None
     sources: list[tuple[Path, Path | None]] = field(default_factory=list)
     exports: list[Path] = field(default_factory=list)
     imports: list[dict[str, Any]] = field(default_factory=list)
@@ -89,7 +96,24 @@ class Library:
     def invert(self, _source: Any, *, progress: Any, **options: Any) -> Any:
         self.inversions.append(options)
         progress(1, 1)
-        return SimpleNamespace(save=lambda path: path.write_bytes(b"latents"))
+        steps = options["num_inference_steps"]
+        info = {**self.inverted_with(), "clip": "a clip", "method": options["method"], "unet_passes": steps}
+        return Inversion(torch.zeros(steps + 1, 4, 1, 1, 1), steps, info)
+
+    def inverted_with(self) -> dict[str, Any]:
+        adapters = [{"fingerprint": "an adapter", "strength": self.attached[-1]}]
+        return {
+            "base": "pocket",
+            "base_fingerprint": self.bases[-1],
+            "prediction_type": "epsilon",
+            "adapters": adapters,
+        }
+
+    def measure(self, pipe: Any, clip: Any, inversion: Inversion, *, progress: Any) -> Reconstruction:
+        assert pipe is self
+        self.measured.append((clip, inversion))
+        progress(1, 1)
+        return Reconstruction(psnr=30.3456, ceiling=math.inf)
 
     def noise(self, clip: Any, seed: int) -> Any:
         return "noise", clip, seed
@@ -115,7 +139,7 @@ class Library:
                 recipe=settings,
                 editing=settings["editing"],
                 base=SimpleNamespace(name="pocket"),
-                clip=SimpleNamespace(frames=8, height=64, width=64, fps=12.5),
+                clip=SimpleNamespace(frames=8, height=64, width=64, fps=12.5, fingerprint="a clip"),
                 probe=self.probe,
                 model_dump=lambda **_: provenance,
             ),
@@ -124,6 +148,13 @@ class Library:
     def source_of(self, _adapter: Any, adapter_path: Path, clip_path: Path | None) -> Any:
         self.sources.append((adapter_path, clip_path))
         return self.source
+
+    def read_as_tuned(self, _adapter: Any, clip_path: Path) -> Any:
+        self.sources.append((None, clip_path))
+        return self.source
+
+    def clip_nearby(self, _adapter: Any, _adapter_path: Path) -> Any:
+        return self.nearby
 
     def verify(self, path: Path, pipe: Any, clip: Path | None) -> list[Any]:
         self.verified.append((path, pipe, clip))
@@ -159,7 +190,12 @@ def library(monkeypatch, tmp_path) -> Library:
         "clip": {"Clip": clip},
         "formats": formats,
         "pipeline": {"TuneAVideoPipeline": fake},
-        "sources": {"source_of": fake.source_of},
+        "reconstruction": {"measure": fake.measure},
+        "sources": {
+            "source_of": fake.source_of,
+            "clip_nearby": fake.clip_nearby,
+            "read_as_tuned": fake.read_as_tuned,
+        },
         "tuning": {"tune": fake.tune},
         "verification": {"verify": fake.verify},
     }

@@ -17,8 +17,8 @@ def test_settings_are_the_adapters_unless_given(library, tav):
     assert [usual[name] for name in numbers] == [4.0, 50, 1.0, ""]  # of the recipe pocket
     assert [given[name] for name in numbers] == [7.0, 20, 0.55, "blur"]
     assert library.inversions == [
-        {"num_inference_steps": 50, "depth": 1.0},
-        {"num_inference_steps": 20, "depth": 0.55},
+        {"num_inference_steps": 50, "depth": 1.0, "method": "ddim", "iterations": 5},
+        {"num_inference_steps": 20, "depth": 0.55, "method": "ddim", "iterations": 5},
     ]
     assert library.attached == [1.0, 0.5]
 
@@ -91,7 +91,51 @@ def test_without_inversion_all_prompts_start_from_one_seeded_noise_and_need_no_c
 def test_json_says_how_the_edit_started(library, tav):
     command = ("edit", "a.safetensors", "--prompt", "a panda", "--json")
     told = [json.loads(tav(*command, *more).stdout) for more in ((), ("--no-inversion", "--seed", "7"))]
-    assert [(edit["inversion"], edit["seed"]) for edit in told] == [(True, None), (False, 7)]
+    made = {"method": "ddim", "unet_passes": 50}
+    assert [(edit["inversion"], edit["seed"]) for edit in told] == [(made, None), (None, 7)]
+
+
+def test_a_kept_inversion_is_used_instead_of_another_one(library, tav):
+    tav(
+        "invert", "clips/rabbit.mp4", "--adapter", "a.safetensors", "--steps", "20", "--method", "fixed_point"
+    )
+    command = ("edit", "a.safetensors", "--prompt", "a fox", "--inversion", "rabbit.inversion.safetensors")
+    told = json.loads(tav(*command, "--json").stdout)
+    assert told["inversion"] == {"method": "fixed_point", "unet_passes": 20}
+    assert told["num_inference_steps"] == 20
+    (edit,) = library.edits
+    assert edit["inversion"].num_inference_steps == edit["num_inference_steps"] == 20
+    assert len(library.inversions) == 1  # that of tav invert
+    assert len(library.sources) == 1  # no clip is asked for
+    assert (edit["like"], edit["fps"]) == (None, 12.5)
+    library.nearby = library.clip()
+    tav(*command, "--overwrite")
+    assert library.edits[-1]["like"] is library.nearby
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--strength", "0.5"), "made with another adapter, or at another strength."),
+        (("--base", "b"), "made with another base."),
+        (("--clip", "fox.mp4"), "made with another clip."),
+    ],
+)
+def test_a_kept_inversion_of_something_else_is_refused(library, tav, options, said):
+    tav("invert", "clips/rabbit.mp4", "--adapter", "a.safetensors")
+    library.clip.fingerprint = "another clip"
+    command = ("edit", "a.safetensors", "--prompt", "a fox", "--inversion", "rabbit.inversion.safetensors")
+    result = tav(*command, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert said in result.stderr
+    assert "Make it again with `tav invert`" in result.stderr
+    assert library.edits == []
+
+
+def test_a_file_to_start_from_and_no_inversion_do_not_go_together(library, tav):
+    result = tav("edit", "a.safetensors", "--prompt", "a", "--no-inversion", "--inversion", "i.safetensors")
+    assert result.exit_code == 2
+    assert "--inversion: a file to start from, and --no-inversion uses none." in result.stderr
 
 
 @pytest.mark.parametrize(
