@@ -10,7 +10,7 @@ def test_every_mistake_is_beyond_a_tolerance(recording):
     assert len(every) == len(MISTAKES)
     upcast = recording.facts["config_3d"].get("upcast_attention")
     for one in every[:3]:
-        assert one.single.distance > 1000 * one.single.tolerance, one.name
+        assert one.compared.distance > 1000 * one.compared.tolerance, one.name
     # float32 scores hide the smallest one, a millionth in one bias
     for one in every[:-1] if upcast else every:
-        assert one.single.distance > one.single.tolerance or one.apart > one.apart_allowed, one.name
+        assert one.compared.distance > one.compared.tolerance or one.apart > one.apart_allowed, one.name
