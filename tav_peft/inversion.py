@@ -27,6 +27,7 @@ TOLERANCE = 0.01  # root mean square, of latents whose standard deviation is nea
 _MADE_WITH = {
     "base_fingerprint": "another base",
     "prediction_type": "another prediction type",
+    "model": "another attention or GroupNorm",
     "adapters": "another adapter, or at another strength",
     "clip": "another clip",
 }

@@ -317,6 +317,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             "base": self.base_name,
             "base_fingerprint": self.base_fingerprint,
             "prediction_type": self.scheduler.config.prediction_type,
+            "model": self.unet.variant.model_dump(),
             "adapters": self._attachments.record(),
         }
 
