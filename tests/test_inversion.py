@@ -213,6 +213,7 @@ MADE = {
     "name": "a.mp4",
     "base_fingerprint": "b",
     "prediction_type": "epsilon",
+    "model": {"attention": "full"},
     "clip": "c",
 } | {"adapters": [{"fingerprint": "a", "strength": {"t_attn": 1.0}}]}
 
@@ -227,6 +228,7 @@ def test_an_inversion_serves_what_it_was_made_with_even_after_it_was_saved(tmp_p
     [
         ({"base_fingerprint": "x"}, "another base. Make it again"),
         ({"prediction_type": "v_prediction"}, "another prediction type. Make"),
+        ({"model": {}}, "another attention or GroupNorm. Make"),
         ({"adapters": []}, "another adapter, or at another strength. Make"),
         ({"adapters": [{"fingerprint": "a", "strength": {"t_attn": 0.5}}]}, "at another strength. Make"),
         ({"clip": "x", "base_fingerprint": "x"}, "with another base, another clip. Make"),

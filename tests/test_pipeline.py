@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from tav_peft.errors import AdapterError, BaseModelError, TavError
 from tav_peft.inflation import InflatedUNet
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.recipe import ModelSection
 
 # numpy 2 asks diffusers' Euler and DPM-Solver schedulers for a keyword that torch's tensors do not take
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -212,6 +213,8 @@ def test_an_inversion_says_which_base_and_adapters_it_was_made_with(pipe, make_a
     assert told[second.fingerprint] == {"st_attn": 1.0, "cross_attn": 1.0, "t_attn": 0.5}
     pipe.set_adapters(["one", "two"], [0.0, 0.0])
     assert pipe.invert(clip, num_inference_steps=1).info == plain  # off, they do nothing
+    pipe.unet.variant = ModelSection(attention="full")
+    assert pipe.inverted_with()["model"] == {"attention": "full", "group_norm": "joint"}
 
 
 def test_a_generator_is_given_only_to_schedulers_that_take_one(pipe, inversion):

@@ -106,6 +106,7 @@ class Library:
             "base": "pocket",
             "base_fingerprint": self.bases[-1],
             "prediction_type": "epsilon",
+            "model": {},
             "adapters": adapters,
         }
 
