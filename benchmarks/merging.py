@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,23 +92,22 @@ def results(
 
 def rows(
     pipe: TuneAVideoPipeline,
-    pair: list[PocketClip],
+    truth: PocketClip,
     adapters: list[Adapter],
     mixture: Mixture,
     recipe: Recipe,
     folder: Path,
 ) -> Iterator[tuple[object, ...]]:
-    """Merge, attach, and measure on both clips."""
+    """Merge, attach, and measure what comes out for one clip."""
     merged, report = merge(adapters, mixture.weights, **mixture.settings)
     if any(mixture.weights):
         pipe.load_adapter(merged)
-    for truth in pair:
-        for start, ideal, clip in results(pipe, truth, recipe):
-            clip.write(frames_of(folder, mixture, truth, start))
-            motion = measure(clip, ideal)
-            error = None if report.error is None else round(report.error, 4)
-            figures = round(motion.median, 2), round(motion.right_object, 3), round(motion.likeness, 3)
-            yield mixture.title, truth.name, start, *figures, error
+    for start, ideal, clip in results(pipe, truth, recipe):
+        clip.write(frames_of(folder, mixture, truth, start))
+        motion = measure(clip, ideal)
+        error = None if report.error is None else round(report.error, 4)
+        figures = round(motion.median, 2), round(motion.right_object, 3), round(motion.likeness, 3)
+        yield mixture.title, truth.name, start, *figures, error
     if any(mixture.weights):
         pipe.unload_adapter()
 
@@ -138,14 +138,16 @@ def main() -> None:
     pipe = TuneAVideoPipeline.from_pretrained("pocket")
     adapters = [tuned(pipe, truth, recipe, options.folder) for truth in pair]
     table = options.folder / "merging.csv"
-    known = {row["adapter"] for row in csv.DictReader(table.open())} if table.exists() else set()
+    known = set()
+    if table.exists():
+        known = {(row["adapter"], row["clip"]) for row in csv.DictReader(table.open())}
     with table.open("a", newline="") as file:
         writer = csv.writer(file)
         if not known:
             writer.writerow(COLUMNS)
-        for mixture in MIXTURES:
-            if mixture.title not in known:
-                made = list(rows(pipe, pair, adapters, mixture, recipe, options.folder))
+        for mixture, truth in itertools.product(MIXTURES, pair):
+            if (mixture.title, truth.name) not in known:
+                made = list(rows(pipe, truth, adapters, mixture, recipe, options.folder))
                 writer.writerows(made)
                 file.flush()
                 print(*made, sep="\n", flush=True)
