@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -507,17 +507,19 @@ def test_v_prediction_and_heads_by_level_are_kept(v_base, make_adapter, tmp_path
     assert scheduler["prediction_type"] == "v_prediction"
 
 
-def test_a_scheduler_that_the_original_has_not_is_written_as_ddim(base, make_adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "written"), [(PNDMScheduler, "PNDMScheduler"), (EulerDiscreteScheduler, "DDIMScheduler")]
+)
+def test_the_bases_scheduler_is_kept_where_the_original_has_it(kind, written, base, make_adapter, tmp_path):
     copied = shutil.copytree(base, tmp_path / "base")
-    EulerDiscreteScheduler(beta_schedule="scaled_linear").save_pretrained(copied / "scheduler")
-    pipe = TuneAVideoPipeline.from_pretrained(copied)
-    folder = official_folder.write(make_adapter(), tmp_path / "out", pipe)
-    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == [
-        "diffusers",
-        "DDIMScheduler",
-    ]
+    kind(beta_schedule="scaled_linear").save_pretrained(copied / "scheduler")
+    folder = official_folder.write(
+        make_adapter(), tmp_path / "out", TuneAVideoPipeline.from_pretrained(copied)
+    )
+    assert json.loads((folder / "model_index.json").read_text())["scheduler"] == ["diffusers", written]
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    assert (scheduler["_class_name"], scheduler["clip_sample"]) == ("DDIMScheduler", False)
+    assert (scheduler["_class_name"], scheduler["beta_schedule"]) == (written, "scaled_linear")
+    assert ("skip_prk_steps" in scheduler) == (written == "PNDMScheduler")
 
 
 def test_a_schedule_that_the_original_has_not_is_refused(base, make_adapter, tmp_path):
