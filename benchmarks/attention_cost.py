@@ -28,10 +28,10 @@ from sd15_size import UNET as SD15
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tav_peft.attention import SEES, SpatioTemporalAttention
-from tav_peft.base import locate
-from tav_peft.inflation import InflatedUNet, inflate
+from tav_peft.bases import locate
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.attention import SEES, SpatioTemporalAttention
+from tav_peft.unet.inflation import InflatedUNet, inflate
 
 FRAMES = (2, 4, 8, 16, 32)
 COLUMNS = ("base", "latents", "what", "variant", "frames", "operations", "cpu_seconds")

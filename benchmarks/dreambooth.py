@@ -27,13 +27,13 @@ from typing import Any
 
 from PIL import Image
 
-from tav_peft.clip import Clip
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_sheet
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 
 COLUMNS = ("clip", "edit", "way", "seed", "depth", "guidance", "motion_error_px", "right_subject", "likeness")
 WAYS = {

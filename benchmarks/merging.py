@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from tav_peft.adapter import Adapter
-from tav_peft.clip import Clip
 from tav_peft.merging import merge
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
@@ -27,6 +26,7 @@ from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_sheet
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 
 COLUMNS = ("adapter", "clip", "start", "motion_error_px", "right_object", "likeness", "error_against_sum")
 OTHER_OBJECT = "panda"

@@ -9,12 +9,12 @@ import argparse
 import csv
 from pathlib import Path
 
-from tav_peft.clip import Clip
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 
 CHANGES = {
     "object": {"name": "panda"},

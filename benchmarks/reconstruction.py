@@ -13,12 +13,12 @@ import csv
 from pathlib import Path
 
 from tav_peft.adapter import Adapter
-from tav_peft.clip import Clip
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, sample
 from tav_peft.recipe import Recipe
 from tav_peft.reconstruction import measure
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 
 COLUMNS = ("clip", "method", "steps", "iterations", "unet_passes", "psnr_db", "ceiling_db", "gap_db")
 WAYS = (

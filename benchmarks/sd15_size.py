@@ -17,11 +17,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tav_peft.base import locate
-from tav_peft.clip import Clip
+from tav_peft.bases import locate
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 
 VAE = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512, "layers_per_block": 2,

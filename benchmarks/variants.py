@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tav_peft.clip import Clip
 from tav_peft.demo import EDITS, Edit
 from tav_peft.errors import ClipError
 from tav_peft.pipeline import TuneAVideoPipeline
@@ -26,6 +25,7 @@ from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_sheet
 from tav_peft.tuning import tune
+from tav_peft.video.clip import Clip
 from tav_peft.whole import whole
 
 MEASURES = ("motion_error_px", "right_object", "likeness", "change")

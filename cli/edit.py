@@ -39,10 +39,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
     from tav_peft import formats
-    from tav_peft.clip import Clip
     from tav_peft.inversion import Inversion
     from tav_peft.recipe import EditingSection
     from tav_peft.sources import clip_nearby, source_of
+    from tav_peft.video.clip import Clip
 
     _check_start(no_inversion, inversion, seed, depth)
     tuned, began = formats.read(adapter), perf_counter()

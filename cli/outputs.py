@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typer import BadParameter
 
 if TYPE_CHECKING:
-    from tav_peft.clip import Clip
+    from tav_peft.video.clip import Clip
 
 VIDEO_FILES = {".mp4", ".gif"}
 SEEN_WELL = 256  # pixels; a narrower clip is enlarged by a whole number

@@ -41,9 +41,9 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     on = settings.required(base or chosen.base, "--base")
     caption = settings.required(chosen.prompt, "--prompt")
     target, began = output or Path(f"{clip.stem}.safetensors"), perf_counter()
-    from tav_peft.clip import Clip
     from tav_peft.trail import Trail
     from tav_peft.tuning import tune
+    from tav_peft.video.clip import Clip
 
     source, pipe = (
         Clip.read(clip, **chosen.clip.model_dump()),

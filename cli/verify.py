@@ -49,7 +49,7 @@ def _base_of(
 ) -> "TuneAVideoPipeline | None":
     """Open the base to compare with, or None where none is given and the one named in the file is not here."""
     from tav_peft import formats
-    from tav_peft.base import at_hand
+    from tav_peft.bases import at_hand
     from tav_peft.errors import AdapterError
 
     try:

@@ -5,12 +5,12 @@ from typing import Any
 
 _HOME = {
     "Adapter": "adapter",
-    "Clip": "clip",
+    "Clip": "video.clip",
     "Inversion": "inversion",
     "Recipe": "recipe",
     "TavError": "errors",
     "TuneAVideoPipeline": "pipeline",
-    "inflate": "inflation",
+    "inflate": "unet.inflation",
     "merge": "merging",
     "tune": "tuning",
     "verify": "verification",

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from diffusers import AutoencoderKL
 
-from tav_peft.clip import Clip
 from tav_peft.errors import TavError
 from tav_peft.shapes import Latents
+from tav_peft.video.clip import Clip
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tav_peft.clip import Clip
 from tav_peft.errors import TavError
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
@@ -18,6 +17,7 @@ from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_report, write_sheet
 from tav_peft.trail import Trail
 from tav_peft.tuning import TuningStep, tune
+from tav_peft.video.clip import Clip
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
 

@@ -17,20 +17,20 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, Scheduler
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tav_peft import autoencoding, formats, single_file
-from tav_peft import base as bases
+from tav_peft import autoencoding, bases, formats
 from tav_peft.adapter import Adapter, ClipInfo
-from tav_peft.attaching import Attachments, Strength
-from tav_peft.base_folder import loading_options
-from tav_peft.clip import Clip
+from tav_peft.bases import single_file
+from tav_peft.bases.folder import loading_options
+from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import BaseModelError, TavError
-from tav_peft.inflation import InflatedUNet, inflate
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
-from tav_peft.prediction_type import check as check_prediction_type
 from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import set_timesteps, start_scale
 from tav_peft.shapes import Latents
+from tav_peft.unet.attaching import Attachments, Strength
+from tav_peft.unet.inflation import InflatedUNet, inflate
+from tav_peft.video.clip import Clip
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from tav_peft.clip import Clip
 from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
+from tav_peft.video.clip import Clip
 
 
 @dataclasses.dataclass(frozen=True)

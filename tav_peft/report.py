@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
+from tav_peft.video.clip import Clip
 from tav_peft.whole import whole
 
 _STYLE = """

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from tav_peft.adapter import Adapter
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
 from tav_peft.recipe import Recipe
+from tav_peft.video.clip import Clip
 
 
 def source_of(

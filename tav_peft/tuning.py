@@ -18,20 +18,20 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from tav_peft import base as bases
-from tav_peft import temporal_init
+from tav_peft import bases
 from tav_peft.adapter import LATENTS, Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
-from tav_peft.attaching import temporal_fingerprint
-from tav_peft.clip import Clip
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
-from tav_peft.probe import probed
 from tav_peft.recipe import Recipe, TrainingSection
 from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
-from tav_peft.trainable import Trainable, trainable
+from tav_peft.unet import temporal_init
+from tav_peft.unet.attaching import temporal_fingerprint
+from tav_peft.unet.probe import probed
+from tav_peft.unet.trainable import Trainable, trainable
+from tav_peft.video.clip import Clip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from tav_peft import temporal_init
 from tav_peft.adapter import LATENTS, Adapter, split_name
 from tav_peft.errors import AdapterError
-from tav_peft.inflation import is_temporal
 from tav_peft.presets import PARTS
 from tav_peft.recipe import Part
 from tav_peft.tensor_file import LazyTensors, layout_of
+from tav_peft.unet import temporal_init
+from tav_peft.unet.inflation import is_temporal
 
 _BLOCK = re.compile(r"(.*transformer_blocks\.\d+)\..*")
 

@@ -14,16 +14,17 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from tav_peft import formats, temporal_init
-from tav_peft import probe as probes
+from tav_peft import formats
 from tav_peft.adapter import Adapter, ProbeInfo, split_name
-from tav_peft.attaching import audit_modules, has_branches, lora_config, temporal_fingerprint
 from tav_peft.errors import AdapterError, ClipError, TavError
 from tav_peft.formats import peft
-from tav_peft.inflation import InflatedUNet
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.sources import clip_nearby, read_as_tuned
 from tav_peft.tensor_file import HEADER_HASH, TENSORS_HASH, FileTensors, hash_header, hash_tensors
+from tav_peft.unet import probe as probes
+from tav_peft.unet import temporal_init
+from tav_peft.unet.attaching import audit_modules, has_branches, lora_config, temporal_fingerprint
+from tav_peft.unet.inflation import InflatedUNet
 
 Verdict = Literal["holds", "differs", "not checked", "noted"]  # noted: told, and neither right nor wrong
 

@@ -41,14 +41,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tav_peft import temporal_init
 from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
-from tav_peft.clip import Clip
-from tav_peft.inflation import is_temporal
-from tav_peft.ldm_keys import to_single_file
+from tav_peft.bases.ldm_keys import to_single_file
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
 from tav_peft.recipe import Recipe
+from tav_peft.unet import temporal_init
+from tav_peft.unet.inflation import is_temporal
+from tav_peft.video.clip import Clip
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()

@@ -3,9 +3,9 @@
 import pytest
 
 from tav_peft import demo
-from tav_peft.clip import Clip
 from tav_peft.errors import TavError
 from tav_peft.recipe import Recipe
+from tav_peft.video.clip import Clip
 
 FEW = Recipe.load("pocket").override(["training.steps=2", "editing.num_inference_steps=4"])
 

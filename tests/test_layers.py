@@ -9,19 +9,27 @@ LAYERS = (
     ("demo",),
     ("tuning", "report", "reconstruction", "merging", "verification"),
     ("pipeline",),
-    ("formats", "trainable", "trail", "sources", "updates"),
-    ("probe",),
-    ("attaching",),
-    ("branches",),
+    ("formats", "unet.trainable", "trail", "sources", "updates"),
+    ("unet.probe",),
+    ("unet.attaching",),
+    ("unet.branches",),
     ("pocket.motion",),
     ("pocket.clips",),
-    ("inflation", "inversion", "adapter", "autoencoding", "single_file"),
-    ("base_folder",),
-    ("checkpoint_file", "unfit"),
-    ("attention", "conditions", "sampling", "temporal_init", "presets", "tensor_file", "clip"),
-    ("footage", "video_files", "recipe", "base", "pocket.world"),
-    ("whole", "shapes", "ldm_keys", "prediction_type"),
-    ("errors", "philox", "pocket"),
+    ("unet.inflation", "inversion", "adapter", "autoencoding", "bases.single_file"),
+    ("bases.folder",),
+    ("bases.checkpoint_file", "bases.unfit"),
+    (
+        "unet.attention",
+        "conditions",
+        "sampling",
+        "unet.temporal_init",
+        "presets",
+        "tensor_file",
+        "video.clip",
+    ),
+    ("video.reading", "video.writing", "recipe", "bases", "pocket.world"),
+    ("whole", "shapes", "bases.ldm_keys", "bases.prediction_type"),
+    ("errors", "unet.philox", "pocket", "unet", "video"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -35,7 +43,8 @@ def imports_of(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tav_peft":
             inner = node.module.removeprefix("tav_peft").lstrip(".")
-            yield from [inner] if inner else [alias.name for alias in node.names]
+            names = (f"{inner}.{alias.name}".lstrip(".") for alias in node.names)
+            yield from (name if name in RANK or not inner else inner for name in names)
 
 
 def modules():

@@ -65,10 +65,10 @@ SCRIPT = """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    from tav_peft import temporal_init
+    from tav_peft.unet import temporal_init
     from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
-    from tav_peft.attaching import temporal_fingerprint
-    from tav_peft.base import architecture
+    from tav_peft.unet.attaching import temporal_fingerprint
+    from tav_peft.bases import architecture
     from tav_peft.pipeline import TuneAVideoPipeline
     from tav_peft.presets import Subset
     from tav_peft.recipe import Recipe

@@ -46,7 +46,12 @@ def test_the_wheel_has_every_source_model_recipe_and_sample(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tracked = [
         *(ROOT / "tav_peft").rglob("*.py"),
-        *(f for data in ("pocket", "configs") for f in (ROOT / "tav_peft" / data).rglob("*") if f.is_file()),
+        *(
+            f
+            for data in ("pocket", "bases/configs")
+            for f in (ROOT / "tav_peft" / data).rglob("*")
+            if f.is_file()
+        ),
     ]
     wanted = {str(file.relative_to(ROOT)) for file in tracked if "__pycache__" not in file.parts}
     wanted |= {f"tav_peft/cli/{file.name}" for file in (ROOT / "cli").glob("*.py")}
@@ -57,7 +62,9 @@ def test_the_wheel_has_every_source_model_recipe_and_sample(wheel):
 
 def test_the_configs_and_the_tokenizer_take_less_than_a_megabyte_of_the_wheel(wheel):
     files = [
-        file for file in zipfile.ZipFile(wheel).infolist() if file.filename.startswith("tav_peft/configs/")
+        file
+        for file in zipfile.ZipFile(wheel).infolist()
+        if file.filename.startswith("tav_peft/bases/configs/")
     ]
     assert len(files) > 15
     assert sum(file.compress_size for file in files) < 1_000_000

@@ -12,9 +12,9 @@ from diffusers import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from tav_peft.errors import AdapterError, BaseModelError, TavError
-from tav_peft.inflation import InflatedUNet
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.inflation import InflatedUNet
 
 # numpy 2 asks diffusers' Euler and DPM-Solver schedulers for a keyword that torch's tensors do not take
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tav_peft.clip import Clip
 from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
 from tav_peft.reconstruction import Reconstruction, measure, psnr, reconstruct
+from tav_peft.video.clip import Clip
 
 
 def grey(level, *, frames=2, size=16):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
 from tav_peft.report import Shown, write_report, write_sheet
+from tav_peft.video.clip import Clip
 
 
 @pytest.fixture

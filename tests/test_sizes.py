@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tav_peft.inflation import InflatedUNet
 from tav_peft.presets import PARTS, Subset
+from tav_peft.unet.inflation import InflatedUNet
 
 ORIGINAL_MB = 4463.8  # what the original writes for each clip
 

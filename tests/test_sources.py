@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tav_peft.adapter import LATENTS, Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
 from tav_peft.recipe import Recipe
 from tav_peft.sources import source_of
+from tav_peft.video.clip import Clip
 
 RECIPE = Recipe().override(["clip.frames=2", "clip.size=[16, 16]"])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tav_peft.inflation import is_temporal
 from tav_peft.recipe import Recipe
 from tav_peft.tuning import tune
+from tav_peft.unet.inflation import is_temporal
 
 FEW = Recipe().override(["training.steps=2", "training.lr=1e-2", "adapter.rank=2"])
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from loop import train
 from samples import draw, page
 from subject import CLASS, draw_subject, subject_scenes
-from tav_peft.base import locate
+from tav_peft.bases import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, Actor, Scene, render
 from train_unet import tokens_of
 

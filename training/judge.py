@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from samples import draw
-from tav_peft.base import locate
+from tav_peft.bases import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Scene, held_out, random_scene, render
 
 CLASSES = (tuple(OBJECTS), tuple(BACKGROUNDS), tuple(STYLES))

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from tav_peft.base import locate
+from tav_peft.bases import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Actor, Scene
 
 

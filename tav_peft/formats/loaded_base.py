@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from diffusers import AutoencoderKL, DDIMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tav_peft.inflation import InflatedUNet
+from tav_peft.unet.inflation import InflatedUNet
 
 
 class LoadedBase(Protocol):

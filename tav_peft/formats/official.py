@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tav_peft import base as bases
-from tav_peft import temporal_init
+from tav_peft import bases
 from tav_peft.adapter import Adapter, BaseModelInfo, Provenance, TemporalInit, check_values
-from tav_peft.attaching import temporal_fingerprint
 from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.official_run import UNKNOWN_CLIP, Run, find_run, read_weights
-from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, Subset, json_config
-from tav_peft.probe import probed
+from tav_peft.unet import temporal_init
+from tav_peft.unet.attaching import temporal_fingerprint
+from tav_peft.unet.inflation import InflatedUNet, is_temporal
+from tav_peft.unet.probe import probed
 
 
 @dataclasses.dataclass(frozen=True)

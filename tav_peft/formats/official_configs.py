@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
-from tav_peft.inflation import InflatedUNet
+from tav_peft.unet.inflation import InflatedUNet
 
 _DIFFUSERS, _TRANSFORMERS = "0.11.1", "4.30.2"
 _VAE_FACTOR = 0.18215  # written into the original's code

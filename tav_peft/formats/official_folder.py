@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from tav_peft.adapter import Adapter
-from tav_peft.attaching import Attachments, lora_layers
 from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.official_configs import configs, write_json, write_tokenizer
-from tav_peft.inflation import InflatedUNet
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.attaching import Attachments, lora_layers
+from tav_peft.unet.inflation import InflatedUNet
 from tav_peft.whole import whole
 
 _LOG = logging.getLogger(__name__)

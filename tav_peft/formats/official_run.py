@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from tav_peft.adapter import ClipInfo
-from tav_peft.checkpoint_file import read_checkpoint
+from tav_peft.bases.checkpoint_file import read_checkpoint
 from tav_peft.errors import AdapterError, BaseModelError
 from tav_peft.recipe import Recipe
 

@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tav_peft.branches import stacked_shape
 from tav_peft.errors import AdapterError
 from tav_peft.merging.methods import METHODS, SUMS
 from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
 from tav_peft.recipe import Part, Precision, Preset
 from tav_peft.shapes import DTYPES
+from tav_peft.unet.branches import stacked_shape
 from tav_peft.updates import Updates, tensor_ends
 
 TemporalMerge = Literal["update", "concat"]

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tav_peft import formats, temporal_init
+from tav_peft import formats
 from tav_peft.adapter import Adapter, ClipInfo, MergedAdapter, MergeInfo, Provenance, check_values
 from tav_peft.errors import AdapterError
 from tav_peft.merging.plan import MergePlan, MergeSettings
 from tav_peft.merging.weights import Weight, check_rules, rules_of, weight_of
 from tav_peft.tensor_file import hash_tensors
+from tav_peft.unet import temporal_init
 from tav_peft.updates import Updates
 
 

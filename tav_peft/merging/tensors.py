@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tav_peft import philox, temporal_init
 from tav_peft.adapter import LATENTS
-from tav_peft.branches import stacked_shape
 from tav_peft.errors import AdapterError
 from tav_peft.merging.methods import (
     METHODS,
@@ -23,6 +21,8 @@ from tav_peft.merging.methods import (
 from tav_peft.merging.plan import MergePlan, MergeSettings, Target
 from tav_peft.merging.sources import Source
 from tav_peft.tensor_file import LazyTensors
+from tav_peft.unet import philox, temporal_init
+from tav_peft.unet.branches import stacked_shape
 
 Progress = Callable[[int, int], None]  # parameters done, parameters in all
 DRAWS = "dare-1"  # changes whenever the dropped entries would

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
 from tav_peft.pocket.world import Actor, Scene, render
+from tav_peft.video.clip import Clip
 
 FRAMES, FPS = 8, 8.0
 Path2D = tuple[tuple[float, float], ...]  # centre of the object in each frame, in pixels of 64x64

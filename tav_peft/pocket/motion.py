@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tav_peft.clip import Clip
 from tav_peft.pocket.clips import PocketClip
 from tav_peft.pocket.world import OBJECTS, Actor, cut_out, render
+from tav_peft.video.clip import Clip
 
 REACH = 30  # pixels; how far from the true place the object is looked for
 

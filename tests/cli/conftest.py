@@ -188,7 +188,7 @@ def library(monkeypatch, tmp_path) -> Library:
         "official": SimpleNamespace(read=fake.read_official),
     }  # fmt: skip
     modules = {
-        "clip": {"Clip": clip},
+        "video.clip": {"Clip": clip},
         "formats": formats,
         "pipeline": {"TuneAVideoPipeline": fake},
         "reconstruction": {"measure": fake.measure},
@@ -204,7 +204,8 @@ def library(monkeypatch, tmp_path) -> Library:
         module = ModuleType(f"tav_peft.{name}")
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, f"tav_peft.{name}", module)
-        monkeypatch.setattr(tav_peft, name, module, raising=False)
+        if "." not in name:
+            monkeypatch.setattr(tav_peft, name, module, raising=False)
     monkeypatch.setattr(options, "hush", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tav_peft.clip import Clip
 from tav_peft.pocket.clips import sample
+from tav_peft.video.clip import Clip
 
 
 def tav(*arguments, cwd, code=0):

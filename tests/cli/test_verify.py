@@ -65,7 +65,7 @@ def test_the_base_is_the_one_given_or_else_that_of_the_file(library, tav):
 
 
 def test_a_base_that_is_not_here_is_not_downloaded(library, tav, monkeypatch):
-    monkeypatch.setattr("tav_peft.base.at_hand", lambda name: name != "pocket")
+    monkeypatch.setattr("tav_peft.bases.at_hand", lambda name: name != "pocket")
     tav("verify", "a.safetensors")
     tav("verify", "a.safetensors", "--base", "pocket")
     assert library.bases == ["pocket"]

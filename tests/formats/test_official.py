@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tav_peft.adapter import Adapter
-from tav_peft.attaching import Attachments
 from tav_peft.errors import AdapterError, TavError
 from tav_peft.formats import official, official_folder, official_run
 from tav_peft.formats import read as read_adapter
-from tav_peft.inflation import inflate, is_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import ModelSection, Recipe
 from tav_peft.sources import read_as_tuned
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import inflate, is_temporal
 from tav_peft.verification import verify
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "fixtures" / "official" / "sd1-tiny"

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 
 from tav_peft import formats
-from tav_peft.attaching import Attachments
 from tav_peft.errors import AdapterError
 from tav_peft.formats import peft
-from tav_peft.inflation import inflate
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import inflate
 
 # dense query updates become LoRAs of full rank: PEFT adds x·(B·I) to x·W where ours computes x·(W + B)
 CASES = [("hybrid", 1e-6), ("lite", 1e-6), ("paper", 1e-4)]

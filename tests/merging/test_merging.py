@@ -8,17 +8,17 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tav_peft import philox, temporal_init
 from tav_peft.adapter import LATENTS, Adapter
-from tav_peft.attaching import Attachments
 from tav_peft.errors import AdapterError
 from tav_peft.formats import peft
-from tav_peft.inflation import inflate, is_temporal
 from tav_peft.merging import merge
 from tav_peft.merging.methods import METHODS, ties
 from tav_peft.presets import part_of
 from tav_peft.recipe import ModelSection
 from tav_peft.tensor_file import hash_tensors
+from tav_peft.unet import philox, temporal_init
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import inflate, is_temporal
 
 PRESETS = ["paper", "hybrid", "lite"]
 PAIRS = pytest.mark.parametrize("presets", [*itertools.product(PRESETS, PRESETS)], ids="+".join)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from tav_peft.attaching import Attachments, temporal_fingerprint
-from tav_peft.branches import Branch
 from tav_peft.errors import AdapterError
 from tav_peft.formats import peft
-from tav_peft.inflation import VideoTransformerBlock, inflate
 from tav_peft.merging import merge
+from tav_peft.unet.attaching import Attachments, temporal_fingerprint
+from tav_peft.unet.branches import Branch
+from tav_peft.unet.inflation import VideoTransformerBlock, inflate
 
 WEIGHTS = [0.7, -1.3]
 SEEDS = [3, 8]

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from tav_peft import temporal_init
 from tav_peft.adapter import LATENTS, Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
 from tav_peft.errors import AdapterError
 from tav_peft.formats import peft
-from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.merging import merge, merge_files
 from tav_peft.presets import BLOCKS, PARTS, Subset
 from tav_peft.tensor_file import FileTensors
+from tav_peft.unet import temporal_init
+from tav_peft.unet.inflation import InflatedUNet, is_temporal
 
 
 @pytest.fixture

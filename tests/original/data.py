@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tav_peft.clip import Clip
+from tav_peft.video.clip import Clip
 
 from .recordings import CLIPS
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tav_peft.inflation import InflatedUNet
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.inflation import InflatedUNet
 
 from .comparing import Comparison, compare
 from .double_precision import tolerance

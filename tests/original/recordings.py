@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tav_peft.inflation import is_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.unet.inflation import is_temporal
 
 CARRIED = Path(__file__).parents[1] / "recorded"  # see its README
 SHARED = Path(__file__).parents[2].parent / "shared" / "fixtures"

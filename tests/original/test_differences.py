@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from tav_peft import tuning
-from tav_peft.inflation import is_temporal
 from tav_peft.recipe import Recipe
+from tav_peft.unet.inflation import is_temporal
 
 from .recordings import CARRIED, recording
 from .tolerances import table

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from tav_peft.inflation import InflatedUNet
+from tav_peft.unet.inflation import InflatedUNet
 
 from .comparing import assert_within
 from .recordings import CARRIED

@@ -1,7 +1,7 @@
 """An inflated UNet has the original's parameters, heads and trained tensors, by name."""
 
-from tav_peft.inflation import is_temporal
 from tav_peft.presets import Subset
+from tav_peft.unet.inflation import is_temporal
 
 NEEDS = ("facts.json",)
 

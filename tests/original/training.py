@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tav_peft import tuning
-from tav_peft.clip import Clip
 from tav_peft.conditions import Conditions
-from tav_peft.inflation import is_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import BLOCKS
 from tav_peft.recipe import Recipe
+from tav_peft.unet.inflation import is_temporal
+from tav_peft.video.clip import Clip
 
 from .comparing import Comparison, compare
 from .recordings import Recording, put

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from tav_peft.clip import Clip
 from tav_peft.inversion import Inversion, invert
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.video.clip import Clip
 
 from .comparing import Comparison, compare
 from .recordings import Recording

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
 from tav_peft.pocket.clips import MOTIONS, SHIPPED, moving, sample, write_shipped
 from tav_peft.recipe import Recipe
+from tav_peft.video.clip import Clip
 
 
 @pytest.mark.parametrize("truth", SHIPPED, ids=lambda clip: clip.name)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tav_peft.base import locate
-from tav_peft.clip import Clip
+from tav_peft.bases import locate
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Actor, Scene
+from tav_peft.video.clip import Clip
 
 
 @pytest.fixture(scope="module")

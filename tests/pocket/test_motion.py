@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tav_peft.clip import Clip
 from tav_peft.pocket.clips import moving
 from tav_peft.pocket.motion import measure
+from tav_peft.video.clip import Clip
 
 CLIP = dataclasses.replace(moving("fox", "snow", "left"), path=((40.0, 40.0), (30.0, 42.0)))
 

@@ -8,8 +8,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from tav_peft import unfit
-from tav_peft.checkpoint_file import check_checkpoint
+from tav_peft.bases import unfit
+from tav_peft.bases.checkpoint_file import check_checkpoint
 from tav_peft.errors import BaseModelError
 
 _CLASSES = {

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tav_peft.attention import SEES, FrameSettings, SpatioTemporalAttention, first_and_former
-from tav_peft.inflation import VideoGroupNorm, VideoTransformerBlock
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.attention import SEES, FrameSettings, SpatioTemporalAttention, first_and_former
+from tav_peft.unet.inflation import VideoGroupNorm, VideoTransformerBlock
 
 BATCH, FRAMES, POSITIONS, WIDTH, HEADS = 2, 4, 5, 24, 3
 

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from tav_peft import philox, temporal_init
-from tav_peft.temporal_init import fingerprint, initial, uniform
+from tav_peft.unet import philox, temporal_init
+from tav_peft.unet.temporal_init import fingerprint, initial, uniform
 
 QUERY = "mid_block.attentions.0.transformer_blocks.0.attn_temp.to_q.weight"
 KEY = QUERY.replace("to_q", "to_k")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tav_peft.ldm_keys import UNET, VAE
+from tav_peft.bases.ldm_keys import UNET, VAE
 
 PLAIN = "Use the plain text-to-image model it was made from."
 WHOLE = "Give a checkpoint with the UNet, the VAE and the text encoder in it."

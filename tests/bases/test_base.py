@@ -2,7 +2,7 @@
 
 import pytest
 
-from tav_peft import base as bases
+from tav_peft import bases
 
 
 @pytest.mark.parametrize("cached", ["/cache/model_index.json", None, object()])

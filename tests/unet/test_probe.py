@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from tav_peft import philox, tuning
+from tav_peft import tuning
 from tav_peft.adapter import ProbeInfo
 from tav_peft.pipeline import TuneAVideoPipeline
-from tav_peft.probe import distance, probe, probed, tolerance
 from tav_peft.recipe import ModelSection, Recipe
+from tav_peft.unet import philox
+from tav_peft.unet.probe import distance, probe, probed, tolerance
 
 
 def changed(adapter, **provenance):

@@ -8,10 +8,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tav_peft.adapter import Adapter
-from tav_peft.attaching import Attachments
 from tav_peft.errors import AdapterError
-from tav_peft.inflation import inflate, is_temporal
 from tav_peft.recipe import ModelSection
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import inflate, is_temporal
 
 PRESETS = ["paper", "hybrid", "lite"]
 MODULE = "mid_block.attentions.0.transformer_blocks.0"

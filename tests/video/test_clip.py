@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tav_peft.clip import Clip
 from tav_peft.errors import ClipError
+from tav_peft.video.clip import Clip
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = Path(__file__).parents[2].parent / "shared"
 RATE = 44_100
 STEP = 4  # grey levels from one frame of a numbered film to the next
 
@@ -113,7 +113,7 @@ def flash(tmp_path_factory):
 
 
 def test_importing_the_module_imports_neither_torch_nor_a_codec():
-    code = "import sys, tav_peft.clip; print({'torch', 'decord', 'av'} & set(sys.modules))"
+    code = "import sys, tav_peft.video.clip; print({'torch', 'decord', 'av'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
 
@@ -384,7 +384,7 @@ def test_damage_in_the_middle_spares_the_frames_before_it(tmp_path, monkeypatch,
 
 
 def test_damage_where_frames_must_be_counted_by_decoding_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("tav_peft.footage._INDEXED_CONTAINERS", ())
+    monkeypatch.setattr("tav_peft.video.reading._INDEXED_CONTAINERS", ())
     with pytest.raises(ClipError, match=r"hurt\.mp4 is damaged: frame 1\d cannot be decoded"):
         Clip.read(damaged_in_the_middle(tmp_path / "hurt.mp4"), frames=4)
 
@@ -741,7 +741,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     clip = Clip(noise(3, 16, 16), 10)
-    monkeypatch.setattr("tav_peft.video_files._video_frame", interrupt)
+    monkeypatch.setattr("tav_peft.video.writing._video_frame", interrupt)
     with pytest.raises(KeyboardInterrupt):
         clip.write(tmp_path / "out.mp4")
     monkeypatch.setattr(Image.Image, "save", interrupt)

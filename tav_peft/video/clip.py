@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from tav_peft.errors import ClipError
-from tav_peft.footage import FOLDER_FPS, open_footage
-from tav_peft.video_files import Sound, write_frames, write_gif, write_mp4, write_picture
+from tav_peft.video.reading import FOLDER_FPS, open_footage
+from tav_peft.video.writing import Sound, write_frames, write_gif, write_mp4, write_picture
 
 if TYPE_CHECKING:
     import torch

@@ -14,15 +14,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tav_peft import prediction_type as prediction_types
-from tav_peft import unfit
-from tav_peft.base_folder import read_config
-from tav_peft.checkpoint_file import read_checkpoint
+from tav_peft.bases import prediction_type as prediction_types
+from tav_peft.bases import unfit
+from tav_peft.bases.checkpoint_file import read_checkpoint
+from tav_peft.bases.folder import read_config
+from tav_peft.bases.ldm_keys import UNET, Kind, places
 from tav_peft.errors import BaseModelError
-from tav_peft.ldm_keys import UNET, Kind, places
 
 _LOG = logging.getLogger(__name__)
-_CONFIGS = Path(str(files("tav_peft") / "configs"))
+_CONFIGS = Path(str(files("tav_peft.bases") / "configs"))
 # the name of a text encoder tells the kinds apart, whatever their sizes
 _KINDS: dict[str, Kind] = {
     "cond_stage_model.transformer.": "sd1",

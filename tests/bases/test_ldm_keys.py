@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as judge
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tav_peft.ldm_keys import places, to_single_file
+from tav_peft.bases.ldm_keys import places, to_single_file
 
-CONFIGS = Path(__file__).parents[1] / "tav_peft" / "configs"
+CONFIGS = Path(__file__).parents[2] / "tav_peft" / "bases" / "configs"
 CLASSES = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,

@@ -15,11 +15,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from tav_peft import temporal_init
-from tav_peft.attention import FrameSettings, SpatioTemporalAttention
 from tav_peft.errors import BaseModelError
 from tav_peft.recipe import FrameAttention, FrameNorm, ModelSection
 from tav_peft.shapes import Latents, TextStates
+from tav_peft.unet import temporal_init
+from tav_peft.unet.attention import FrameSettings, SpatioTemporalAttention
 
 
 class VideoGroupNorm(nn.GroupNorm):

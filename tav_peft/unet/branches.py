@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from tav_peft.inflation import InflatedUNet, VideoTransformerBlock
+from tav_peft.unet.inflation import InflatedUNet, VideoTransformerBlock
 
 
 class Branch(Attention):

@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from tav_peft.errors import BaseModelError, RecipeError
-from tav_peft.inflation import InflatedUNet, inflate, is_temporal
 from tav_peft.presets import Subset
 from tav_peft.recipe import ModelSection
-from tav_peft.trainable import trainable
+from tav_peft.unet.inflation import InflatedUNet, inflate, is_temporal
+from tav_peft.unet.trainable import trainable
 
 
 @pytest.fixture(params=["base", "v_base"])

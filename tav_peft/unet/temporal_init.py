@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tav_peft import philox
+from tav_peft.unet import philox
 
 NAME = "philox-uniform-1"  # changes whenever the numbers would
 DEFAULT_SEED = 0

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from tav_peft import prediction_type, single_file
-from tav_peft.base import locate
+from tav_peft.bases import locate, prediction_type, single_file
+from tav_peft.bases.ldm_keys import to_single_file
 from tav_peft.cli.main import app
 from tav_peft.errors import BaseModelError
-from tav_peft.ldm_keys import to_single_file
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
 from tav_peft.tuning import tune

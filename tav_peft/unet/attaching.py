@@ -13,14 +13,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from tav_peft import temporal_init
 from tav_peft.adapter import Adapter, split_name
-from tav_peft.base import architecture
-from tav_peft.branches import add_branches, remove_branches, set_branch_strength, stacked_shape
+from tav_peft.bases import architecture
 from tav_peft.errors import AdapterError
-from tav_peft.inflation import InflatedUNet, is_temporal
 from tav_peft.presets import PARTS, part_of
 from tav_peft.recipe import Part
+from tav_peft.unet import temporal_init
+from tav_peft.unet.branches import add_branches, remove_branches, set_branch_strength, stacked_shape
+from tav_peft.unet.inflation import InflatedUNet, is_temporal
 
 Strength = float | Mapping[Part, float]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tav_peft.attaching import inject_lora, lora_config, lora_layers, remove_lora
 from tav_peft.errors import TuningError
-from tav_peft.inflation import InflatedUNet
 from tav_peft.presets import Subset, json_config
+from tav_peft.unet.attaching import inject_lora, lora_config, lora_layers, remove_lora
+from tav_peft.unet.inflation import InflatedUNet
 
 _INNER = "tav_tuning"  # the LoRA's name inside PEFT while it is trained
 

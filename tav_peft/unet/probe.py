@@ -9,11 +9,11 @@ import math
 import torch
 from torch import Tensor
 
-from tav_peft import philox
 from tav_peft.adapter import Adapter, ProbeInfo
-from tav_peft.attaching import Attachments
-from tav_peft.inflation import InflatedUNet
 from tav_peft.recipe import Precision
+from tav_peft.unet import philox
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import InflatedUNet
 
 _LOG = logging.getLogger(__name__)
 

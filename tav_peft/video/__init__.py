@@ -1,0 +1,1 @@
+"""Clips: reading, holding and writing videos."""
