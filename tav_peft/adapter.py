@@ -17,11 +17,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
-from tav_peft.presets import Subset, part_of
+from tav_peft.header import FORMAT_VERSION, summarise
+from tav_peft.presets import Subset
 from tav_peft.recipe import ModelSection, Precision
 from tav_peft.tensor_file import FileTensors, read_tensors, write_tensors
 
-FORMAT_VERSION = 1
 LATENTS = "source.latents"  # the clip's clean latents, present only when asked for
 _TENSOR = re.compile(
     r"(?P<module>(?:down_blocks|mid_block|up_blocks)\.[\w.]+?"
@@ -169,22 +169,8 @@ class Adapter:
 
     def summary(self) -> dict[str, Any]:
         """Count tensors, parameters and bytes, in all and for each part."""
-        parts: dict[str, dict[str, int]] = {}
-        for name, tensor in self.weights.items():
-            row = parts.setdefault(part_of(split_name(name)[0]), {"tensors": 0, "parameters": 0, "bytes": 0})
-            row["tensors"] += 1
-            row["parameters"] += tensor.numel()
-            row["bytes"] += tensor.numel() * tensor.element_size()
-        config = self.peft_config or {}
-        return {
-            "preset": self.subset.preset,
-            "rank": config.get("r"),
-            "alpha": config.get("lora_alpha"),
-            "parts": parts,
-            "parameters": sum(row["parameters"] for row in parts.values()),
-            "bytes": sum(row["bytes"] for row in parts.values()),
-            "carries_latents": self.latents is not None,
-        }
+        sizes = {name: (t.numel(), t.numel() * t.element_size()) for name, t in self.tensors.items()}
+        return summarise(sizes, self.subset.preset, self.peft_config)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all.

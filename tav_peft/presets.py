@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING, Any
 
 from tav_peft.errors import RecipeError
-from tav_peft.recipe import Block, Part, Preset
+
+if TYPE_CHECKING:
+    # importing them takes long, and the names of the parts are wanted without
+    from peft import LoraConfig
+
+    from tav_peft.recipe import Block, Part, Preset
 
 # Wu et al. 2023, section 3.3: the query projections of ST-Attn and cross-attention, and all of T-Attn
 PARTS: dict[Part, tuple[str, ...]] = {
@@ -72,6 +75,8 @@ class Subset:
         `alpha` defaults to `rank` (scale 1). A dense T-Attn is PEFT's `modules_to_save`; dense query projections
         have no PEFT form, since absolute weights would overwrite a DreamBooth base.
         """
+        from peft import LoraConfig
+
         if not self.lora_parts:
             return None
         names = list(names)
@@ -110,6 +115,8 @@ def part_of(module: str) -> Part:
 
 def json_config(config: LoraConfig) -> dict[str, Any]:
     """Reduce a PEFT config to the JSON of what it says beyond PEFT's defaults, so that other versions read it."""
+    from peft import LoraConfig
+
     default = LoraConfig().to_dict()
     given = {key: value for key, value in config.to_dict().items() if value != default[key]}
     given |= {"peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha}

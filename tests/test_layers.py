@@ -16,7 +16,7 @@ LAYERS = (
     ("pocket.motion",),
     ("pocket.clips",),
     ("unet.inflation", "inversion", "adapter", "autoencoding", "bases.single_file"),
-    ("bases.folder",),
+    ("bases.folder", "header"),
     ("bases.checkpoint_file", "bases.unfit"),
     (
         "unet.attention",
