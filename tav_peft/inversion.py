@@ -196,9 +196,22 @@ def _improve(
     """Take an inverse step with the noise that the model sees in a guess of its result; return result and noise."""
     timestep, alpha, alpha_next = pair
     output = predict(guess, timestep)
+    if prediction_type == "v_prediction":
+        result = _undo_rotation(latents, output, alpha, alpha_next)
+        return result, predicted_noise(output, result, alpha_next, prediction_type)
     if alpha_next > 0:
         noise = predicted_noise(output, guess, alpha_next, prediction_type)
-    else:  # where no signal is left the output is all about the clean latents; what they do not explain is noise
-        clean = -output if prediction_type == "v_prediction" else output
-        noise = (latents - alpha**0.5 * clean) / (1 - alpha) ** 0.5
+    else:  # where no signal is left the output is the clean latents; what they do not explain is noise
+        noise = (latents - alpha**0.5 * output) / (1 - alpha) ** 0.5
     return inverse_step(latents, noise, alpha, alpha_next), noise
+
+
+def _undo_rotation(latents: Latents, velocity: Latents, alpha: float, alpha_next: float) -> Latents:
+    """Take an inverse step with a velocity instead of a noise: both sides of a sampler's step mean the same one.
+
+    The sampler's step from y is cos(d)·y - sin(d)·v with the angle d between the noise levels (Salimans & Ho 2022,
+    appendix D). Solved for y, only v is that of a guess; a noise taken from v and the guess would be off twice.
+    """
+    cosine = (alpha * alpha_next) ** 0.5 + ((1 - alpha) * (1 - alpha_next)) ** 0.5
+    sine = (alpha * (1 - alpha_next)) ** 0.5 - (alpha_next * (1 - alpha)) ** 0.5
+    return (latents + sine * velocity) / cosine

@@ -93,11 +93,12 @@ def test_an_unknown_prediction_type_is_refused(noise):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["ddim", "fixed_point"])
-def test_inversion_is_undone_exactly_when_the_noise_does_not_depend_on_the_latents(kind, method, noise):
+def test_inversion_is_undone_exactly_when_the_prediction_does_not_depend_on_the_latents(kind, method, noise):
     clean, sampler = noise(1, 4, 2, 8, 8).double(), scheduler(kind)
 
     def predict(x, t):
-        return meaning(noise(*x.shape, seed=t).double(), x, float(sampler.alphas_cumprod[t]), kind)
+        output = noise(*x.shape, seed=t).double()  # noise, or a velocity
+        return meaning(output, x, float(sampler.alphas_cumprod[t]), kind) if kind == "sample" else output
 
     trajectory = invert(predict, clean, sampler, 20, method=method)
     assert len(trajectory) == 21
@@ -125,14 +126,25 @@ def test_the_ideal_v_model_comes_back_and_is_not_taken_for_noise_as_the_original
         assert theirs > 0.5
 
 
-@pytest.mark.parametrize("method", ["ddim", "fixed_point"])
-def test_models_that_mean_the_same_noise_give_the_same_inversion_whatever_they_predict(method, noise):
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [
+        (("epsilon", "sample"), {"method": "ddim"}),
+        (KINDS, {"method": "fixed_point", "iterations": 200, "tolerance": 1e-12}),
+    ],
+)
+def test_models_that_mean_the_same_noise_have_the_same_inversion_whatever_they_predict(kinds, options, noise):
     clean = noise(1, 4, 2, 8, 8).double()
-    ends = [
-        invert(Gaussian(scheduler(kind)), clean, scheduler(kind), 25, method=method)[-1] for kind in KINDS
-    ]
-    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=1e-9)
+    first, *others = (invert(Gaussian(scheduler(k)), clean, scheduler(k), 25, **options)[-1] for k in kinds)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 200])
+def test_ddim_by_velocities_comes_back_nearer_than_by_the_noise_they_mean(steps, noise):
+    clean = noise(1, 4, 2, 8, 8).double()
+    by_velocity, by_noise = (returned(kind, clean, steps)[0] for kind in ("v_prediction", "epsilon"))
+    assert by_velocity < 0.6 * by_noise
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,8 +281,7 @@ def test_every_spacing_of_timesteps_is_undone(kind, settings, noise):
     clean, constant = noise(1, 4, 2, 8, 8).double(), noise(1, 4, 2, 8, 8, seed=1).double()
 
     def predict(x, t):
-        alpha = float(sampler.alphas_cumprod[t])
-        return meaning(constant, x, alpha, kind) if alpha else constant
+        return constant
 
     back = sampled(predict, sampler, invert(predict, clean, sampler, 10)[-1:], 10)
     torch.testing.assert_close(back, clean, rtol=0, atol=1e-5)  # diffusers keeps its alphas in float32

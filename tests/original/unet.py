@@ -89,6 +89,7 @@ def _laid_out(ours: Tensor, theirs: Tensor, *, frames: int) -> Tensor:
         return ours.unflatten(0, (-1, frames)).transpose(1, 2)
     if len(ours) == frames * len(theirs):
         rows = ours.unflatten(0, (-1, frames))
-        assert torch.equal(rows, rows[:, :1].expand_as(rows)), "frames of one video differ"
+        # a library on several threads may round equal rows of one product differently, in their last bit
+        assert (rows - rows[:, :1]).abs().max() <= 1e-6 * rows.abs().max(), "frames of one video differ"
         return rows[:, 0]
     return ours
