@@ -116,3 +116,36 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(tuned, arguments, said):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def inverted(tuned):
+    folder, said = tuned
+    done = tav(
+        "invert", "rabbit.mp4", "--adapter", said["adapter"], "--steps", "5", "--method", "fixed_point",
+        "-o", "rabbit.inversion", "--json", cwd=folder,
+    )  # fmt: skip
+    return folder, said["adapter"], json.loads(done.stdout)
+
+
+def test_an_inversion_says_what_it_cost_and_how_well_it_comes_back(inverted):
+    _, _, said = inverted
+    found = said["reconstruction"]
+    assert found["ceiling"] > 30  # what pocket's autoencoder makes of the clip
+    assert found["gap"] == pytest.approx(found["ceiling"] - found["psnr"], abs=0.02)
+    assert 0 < found["gap"] < 3
+    assert 5 <= said["unet_passes"] <= 25
+
+
+def test_edit_starts_from_an_inversion_that_was_made_before(inverted):
+    folder, adapter, _ = inverted
+    asked = ("edit", adapter, "--prompt", "a panda is moving on the grass", "--inversion", "rabbit.inversion")
+    edit = json.loads(tav(*asked, "-o", "from-inversion", "--json", cwd=folder).stdout)["edits"][0]
+    assert Clip.read(folder / edit["clip"]).frames == 8
+    for options, said in (
+        (("--strength", "0.5"), "was made with another adapter, or at another strength"),
+        (("--steps", "7"), "has 5 steps, 7 were asked for"),
+    ):
+        refused = tav(*asked, *options, "-o", "refused", cwd=folder, code=1)
+        assert said in " ".join(refused.stderr.split())
+    assert not (folder / "refused").exists()
