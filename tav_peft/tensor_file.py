@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,19 @@ _DTYPES = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+
+
+class Digest(Protocol):
+    """What a header says of the bytes of all tensors; its `entries` are of the same length before and after `update`."""
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """The header's entries, of what was seen so far."""
+        ...
+
+    def update(self, data: memoryview) -> None:
+        """See the bytes of the next tensor, in the order of the file."""
+        ...
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -113,30 +126,48 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hashed: bool = False
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    hashed: bool = False,
+    digest: Digest | None = None,
 ) -> Path:
     """Write a safetensors file whole or not at all; of lazy tensors one is in memory at a time.
 
     The same tensors and metadata give the same bytes (the safetensors library writes metadata in random order). With
-    `hashed` the header tells two hashes more, by which `tav verify` finds a byte that has changed since.
+    `hashed` the header tells two hashes more, by which `tav verify` finds a byte that has changed since; with `digest`,
+    what another tool wants to know of the bytes.
     """
     path, layout = Path(path), layout_of(tensors)
-    # sorted so, every tensor is aligned
-    order = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
+    order = order_of(layout)
     unknown = dict.fromkeys((TENSORS_HASH, HEADER_HASH), "0" * 64) if hashed else {}
     with whole(path, AdapterError) as part, part.open("wb") as file:
-        file.write(_header(layout, order, {**metadata, **unknown}))
+        said = {} if digest is None else digest.entries
+        file.write(_header(layout, order, {**metadata, **unknown, **said}))
         hashes = {}
         for name in order:
             tensor = tensors[name]
             assert (tensor.shape, tensor.dtype) == (layout[name].shape, layout[name].dtype), name
-            file.write(_bytes(tensor))
-            hashes[name] = _hash(name, tensor) if hashed else ""
+            data = _bytes(tensor)
+            file.write(data)
+            if hashed:
+                hashes[name] = _hash(name, tensor)
+            if digest is not None:
+                digest.update(data)
+        known = {**metadata, **({} if digest is None else digest.entries)}
         if hashed:
-            known = {**metadata, TENSORS_HASH: _joint(hashes)}
+            known[TENSORS_HASH] = _joint(hashes)
+            known[HEADER_HASH] = hash_header(known)
+        if hashed or digest is not None:
             file.seek(0)
-            file.write(_header(layout, order, {**known, HEADER_HASH: hash_header(known)}))
+            file.write(_header(layout, order, known))
     return path
+
+
+def order_of(layout: Mapping[str, Tensor]) -> list[str]:
+    """Sort names as they lie in a file: every tensor is aligned so, and the safetensors library does the same."""
+    return sorted(layout, key=lambda name: (-layout[name].element_size(), name))
 
 
 def _header(layout: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]) -> bytes:

@@ -74,11 +74,26 @@ class Updates(LazyTensors):
         A = self._tensors.get(f"{parameter.removesuffix('.weight')}.lora_A.weight")
         return None if A is None else A.shape[0]
 
+    def scale(self, parameter: str) -> float:
+        """Give what the LoRA on a parameter is multiplied by: alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank(parameter)
+        assert self._config is not None
+        assert rank is not None
+        root = math.sqrt(rank) if self._config.use_rslora else rank
+        return self._alpha(parameter.removesuffix(".weight")) / root
+
     def factors(self, parameter: str) -> tuple[Tensor, Tensor]:
         """Give scale·B (out, rank) and A (rank, in) of the LoRA on a parameter."""
         module = parameter.removesuffix(".weight")
         A, B = (self.adapter.tensors[f"{module}.lora_{kind}.weight"].float() for kind in "AB")
-        return self._scale(module, A.shape[0]) * B, A
+        return self.scale(parameter) * B, A
+
+    def alpha(self, parameter: str) -> float:
+        """Give the alpha of the LoRA on a parameter for which alpha/r is the scale, also where the config is rsLoRA's."""
+        rank, module = self.rank(parameter), parameter.removesuffix(".weight")
+        assert self._config is not None
+        assert rank is not None
+        return self._alpha(module) * (math.sqrt(rank) if self._config.use_rslora else 1)
 
     def absolute(self, parameter: str) -> Tensor:
         """Give the tuned value W of a T-Attn parameter, in float32."""
@@ -99,12 +114,10 @@ class Updates(LazyTensors):
         seed = self.adapter.provenance.temporal_init.seed
         return temporal_init.initial(parameter, self.layout[parameter].shape, seed)
 
-    def _scale(self, module: str, rank: int) -> float:
-        """Give alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023)."""
+    def _alpha(self, module: str) -> float:
         assert self._config is not None
         alphas = self._config.alpha_pattern
-        alpha = alphas.get(get_pattern_key(list(alphas), module), self._config.lora_alpha)
-        return float(alpha) / (math.sqrt(rank) if self._config.use_rslora else rank)
+        return float(alphas.get(get_pattern_key(list(alphas), module), self._config.lora_alpha))
 
     def _columns(self, module: str) -> int:
         A = self._tensors.get(f"{module}.lora_A.weight")

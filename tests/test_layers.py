@@ -6,11 +6,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
-    ("demo",),
+    ("demo", "tools"),
     ("tuning", "report", "reconstruction", "merging", "verification"),
     ("pipeline",),
-    ("formats", "unet.trainable", "trail", "sources", "updates"),
-    ("unet.probe",),
+    ("formats", "unet.trainable", "trail", "sources"),
+    ("unet.probe", "updates"),
     ("unet.attaching",),
     ("unet.branches",),
     ("pocket.motion",),
@@ -28,7 +28,7 @@ LAYERS = (
         "video.clip",
     ),
     ("video.reading", "video.writing", "recipe", "bases", "pocket.world"),
-    ("whole", "shapes", "bases.ldm_keys", "bases.prediction_type"),
+    ("whole", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "unet", "video"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

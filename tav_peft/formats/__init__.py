@@ -7,19 +7,15 @@ from typing import Protocol
 
 from tav_peft.adapter import Adapter
 from tav_peft.errors import AdapterError
-from tav_peft.formats import official_folder, peft
+from tav_peft.formats import diffusers, official_folder, peft
 from tav_peft.formats.loaded_base import LoadedBase
 
 
 class Format(Protocol):
-    """What a format's module offers."""
+    """What the module of a format offers that holds an adapter, or those parts of it that image models have."""
 
     def write(self, adapter: Adapter, path: Path) -> Path:
         """Write an adapter in this format."""
-        ...
-
-    def read(self, path: Path) -> Adapter:
-        """Read an adapter in this format."""
         ...
 
 
@@ -31,7 +27,7 @@ class ModelFormat(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"peft": peft}
+FORMATS: dict[str, Format] = {"peft": peft, "diffusers": diffusers}
 MODEL_FORMATS: dict[str, ModelFormat] = {"official": official_folder}
 
 

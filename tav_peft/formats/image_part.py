@@ -1,0 +1,158 @@
+"""The part of an adapter that image models have a place for, its query projections; and what is left out, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tav_peft.adapter import LATENTS, Adapter, check_values, split_name
+from tav_peft.errors import AdapterError
+from tav_peft.presets import Subset, json_config, part_of
+from tav_peft.tensor_file import LazyTensors, layout_of
+from tav_peft.updates import Updates
+
+LEFT_OUT = "tav_peft_left_out"  # the header's entry
+_REASONS = {
+    "t_attn": "image tools have no temporal attention to put it in",
+    "latents": "they are the clip, no weights",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Tensors of one part of an adapter that a format has no place for, and why."""
+
+    part: str
+    names: tuple[str, ...]
+    reason: str
+
+
+class MadeTensors(LazyTensors):
+    """Tensors that functions make when they are asked for, each by its name, with its shape and dtype."""
+
+    def __init__(self, makers: Mapping[str, tuple[Tensor, Callable[[], Tensor]]]) -> None:
+        self._makers = makers
+        self.layout = {name: like for name, (like, _) in makers.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name][1]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """The update of one query projection as a LoRA whose scale is alpha/rank; `A` and `B` read it."""
+
+    module: str
+    rank: int
+    alpha: float
+    like: tuple[Tensor, Tensor]
+    A: Callable[[], Tensor]
+    B: Callable[[], Tensor]
+
+
+def left_out(adapter: Adapter) -> list[LeftOut]:
+    """Say what of an adapter is no part of an image model."""
+    parts: dict[str, list[str]] = {}
+    for name in layout_of(adapter.tensors):
+        part = "latents" if name == LATENTS else part_of(split_name(name)[0])
+        if part in _REASONS:
+            parts.setdefault(part, []).append(name)
+    return [LeftOut(part, tuple(sorted(names)), _REASONS[part]) for part, names in sorted(parts.items())]
+
+
+def image_part(adapter: Adapter) -> Adapter:
+    """Give the adapter without T-Attn and latents; its tensors are read when they are asked for.
+
+    Raises:
+        AdapterError: when it is T-Attn alone.
+
+    """
+    absent = {name for each in left_out(adapter) for name in each.names}
+    layout = layout_of(adapter.tensors)
+    kept = {name: like for name, like in layout.items() if name not in absent}
+    if not kept:
+        raise AdapterError(
+            "This adapter is T-Attn alone, and image tools have no temporal attention to put it in. Keep the "
+            ".safetensors file, or export it as peft or official."
+        )
+    tensors = MadeTensors({name: (like, _reader(adapter, name)) for name, like in kept.items()})
+    given, subset = adapter.provenance, adapter.subset
+    if "t_attn" not in subset.parts:
+        return Adapter(tensors, adapter.peft_config, given)
+    subset = Subset(subset.preset, tuple(part for part in subset.parts if part != "t_attn"), subset.blocks)
+    # the probe was taken with T-Attn
+    changed = {"subset": dataclasses.asdict(subset), "probe": None, "temporal_branches": 1}
+    config = None if adapter.peft_config is None else _reduced(adapter.peft_config, subset, kept)
+    return Adapter(tensors, config if subset.lora_parts else None, given.model_copy(update=changed))
+
+
+def loras(adapter: Adapter) -> list[Query]:
+    """Give each update as a LoRA; a dense one as a LoRA of full rank, exactly: B is the update, A the identity."""
+    updates, layout, found = Updates(adapter, "the adapter"), layout_of(adapter.tensors), []
+    for parameter in updates.layout:
+        module = parameter.removesuffix(".weight")
+        rank = updates.rank(parameter)
+        if rank is not None:
+            a, b = (f"{module}.lora_{kind}.weight" for kind in "AB")
+            read = _reader(adapter, a), _reader(adapter, b)
+            found.append(Query(module, rank, updates.alpha(parameter), (layout[a], layout[b]), *read))
+        else:
+            dense = layout[f"{module}.diff"]
+            width = dense.shape[1]
+            identity = torch.empty(width, width, dtype=dense.dtype, device="meta")
+            read = _identity(width, dense.dtype), _reader(adapter, f"{module}.diff")
+            found.append(Query(module, width, width, (identity, dense), *read))
+    return found
+
+
+def full_rank_config(adapter: Adapter, queries: Sequence[Query]) -> dict[str, Any]:
+    """Build the PEFT config of a dense adapter's updates as LoRAs of full rank."""
+    ranks = {query.module: query.rank for query in queries}
+    subset = Subset("lite", adapter.subset.parts, adapter.subset.blocks)
+    config = subset.peft_config(ranks, rank=max(ranks.values()))
+    assert config is not None
+    config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
+    return json_config(config)
+
+
+def header(adapter: Adapter, kept: Adapter) -> dict[str, str]:
+    """Spell what a file says of itself: what of the adapter is in it, and what was left out."""
+    entries = {
+        "format": "pt",
+        "tav_peft": json.dumps(kept.provenance.model_dump(mode="json"), sort_keys=True),
+        "peft_config": json.dumps(kept.peft_config, sort_keys=True),
+    }
+    absent = left_out(adapter)
+    if absent:
+        said = [{"part": each.part, "count": len(each.names), "names": each.names} for each in absent]
+        entries[LEFT_OUT] = json.dumps(said)
+    return entries
+
+
+def _reduced(config: Mapping[str, Any], subset: Subset, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Give the PEFT config without T-Attn, with ranks and alphas of those modules that are kept."""
+    modules = {split_name(name)[0] for name in kept}
+    targets = subset.peft_config(modules, rank=1)
+    others = {key: value for key, value in config.items() if key != "modules_to_save"}
+    if targets is None:
+        return others
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if pattern in others:
+            inside = {key: v for key, v in others[pattern].items() if any(m.endswith(key) for m in modules)}
+            others[pattern] = inside
+            if not inside:
+                del others[pattern]
+    return {**others, "target_modules": json_config(targets)["target_modules"]}
+
+
+def _reader(adapter: Adapter, name: str) -> Callable[[], Tensor]:
+    return lambda: check_values(name, adapter.tensors[name], "the adapter")
+
+
+def _identity(width: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: torch.eye(width, dtype=dtype)
