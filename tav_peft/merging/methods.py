@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
+from tav_peft.low_rank import Factors
 
 Updates = Sequence[Tensor]  # of one shape, float32
 Weights = Sequence[float]
@@ -125,27 +126,8 @@ def _elected_mean(updates: Updates, weights: Weights) -> Tensor:
 
 # -- low rank --------------------------------------------------------------------------------------------
 
-Factors = tuple[Tensor, Tensor]  # B (out, rank) and A (rank, in), with ΔW = B·A
-
 
 def concatenate(factors: Sequence[Factors], weights: Weights) -> Factors:
     """Write Σ wᵢ·Bᵢ·Aᵢ as one B·A whose rank is the sum of theirs; nothing is lost."""
     columns = [w * B for w, (B, _) in zip(weights, factors, strict=True)]
     return torch.cat(columns, dim=1), torch.cat([A for _, A in factors], dim=0)
-
-
-def truncate(update: Tensor, rank: int) -> Factors:
-    """Find the B·A of this rank that is nearest to an update (truncated SVD, Eckart and Young 1936).
-
-    Each singular value is split evenly between B and A, which suits half precision.
-    """
-    U, S, V = torch.linalg.svd(update, full_matrices=False)
-    root = S[:rank].sqrt()
-    return U[:, :rank] * root, root[:, None] * V[:rank]
-
-
-def truncate_factors(factors: Factors, rank: int) -> Factors:
-    """Do as `truncate` for an update given as B·A, by the SVD of a matrix of its small rank."""
-    (left, R), (right, L) = torch.linalg.qr(factors[0]), torch.linalg.qr(factors[1].T)
-    B, A = truncate(R @ L.T, rank)
-    return left @ B, A @ right.T

@@ -63,7 +63,7 @@ def open_sources(
         raise AdapterError(
             f"{len(adapters)} adapters and {len(weights)} weights were given. Give one weight for each."
         )
-    opened = [_open(each, n) for n, each in enumerate(adapters, 1)]
+    opened = [open_updates(each, f"adapter {n}") for n, each in enumerate(adapters, 1)]
     _check_together(opened, settings)
     sources = []
     for updates, weight in zip(opened, weights or [1.0] * len(opened), strict=True):
@@ -73,11 +73,28 @@ def open_sources(
     return sources
 
 
-def _open(given: Adapter | str | Path, number: int) -> Updates:
+def open_updates(given: Adapter | str | Path, name: str) -> Updates:
+    """Take an adapter's updates, from a file of ours without reading it whole; `name` is what one without a file has.
+
+    Raises:
+        AdapterError: when it is damaged, or its T-Attn starts from what only a newer version can draw.
+
+    """
     if isinstance(given, Adapter):
-        return Updates(given, f"adapter {number}")
+        return _with_known_start(Updates(given, name))
     path = Path(given)
-    return Updates(formats.read(path) if path.is_dir() else Adapter.open(path), path.name)
+    adapter = formats.read(path) if path.is_dir() else Adapter.open(path)
+    return _with_known_start(Updates(adapter, path.name))
+
+
+def _with_known_start(updates: Updates) -> Updates:
+    init = updates.adapter.provenance.temporal_init
+    if "t_attn" in updates.adapter.subset.parts and init.name != temporal_init.NAME:
+        raise AdapterError(
+            f"{updates.name}: its T-Attn starts from {init.name!r}, this tav-peft knows {temporal_init.NAME!r}. "
+            "Update tav-peft."
+        )
+    return updates
 
 
 def _fingerprint(updates: Updates) -> str:
@@ -110,13 +127,6 @@ def _words(variant: Iterable[tuple[str, Any]]) -> str:
 
 
 def _check_temporal(opened: Sequence[Updates], settings: MergeSettings) -> None:
-    for each in opened:
-        init = each.adapter.provenance.temporal_init
-        if init.name != temporal_init.NAME:
-            raise AdapterError(
-                f"{each.name}: its T-Attn starts from {init.name!r}, this tav-peft knows {temporal_init.NAME!r}. "
-                "Update tav-peft."
-            )
     if settings.t_attn == "concat":
         return
     for each in opened:

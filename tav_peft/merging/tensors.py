@@ -9,15 +9,8 @@ from torch import Tensor
 
 from tav_peft.adapter import LATENTS
 from tav_peft.errors import AdapterError
-from tav_peft.merging.methods import (
-    METHODS,
-    SUMS,
-    Factors,
-    concatenate,
-    linear,
-    truncate,
-    truncate_factors,
-)
+from tav_peft.low_rank import Factors, truncate, truncate_factors
+from tav_peft.merging.methods import METHODS, SUMS, concatenate, linear
 from tav_peft.merging.plan import MergePlan, MergeSettings, Target
 from tav_peft.merging.sources import Source
 from tav_peft.tensor_file import LazyTensors

@@ -1,10 +1,12 @@
 """`tav info`: what an adapter is, for a person and for a program."""
 
 import json
+import re
 
 import pytest
 
 from tav_peft.formats import peft
+from tav_peft.tools.spectra import measure, norm
 
 
 @pytest.fixture
@@ -43,3 +45,39 @@ def test_what_is_no_adapter_is_told_with_the_reason(adapter, tav, tmp_path):
     result = tav("info", "cut.safetensors")
     assert result.exit_code == 1
     assert "cut.safetensors is not a whole safetensors file" in result.stderr
+
+
+def test_every_update_has_a_row_and_every_part_a_sum(adapter, tav):
+    spectra = measure(adapter)
+    lines = tav("info", "a[1].safetensors", "--modules").stdout.split("\n\n")[1].splitlines()
+    head, *rows = (re.split(r"  +", line) for line in lines)
+    assert head[:4] == ["update", "shape", "form", "‖ΔW‖"]
+    assert head[-1] == "kept by 32"
+    assert [row[0] for row in rows] == [
+        *(s.parameter for s in spectra),
+        "st_attn",
+        "cross_attn",
+        "t_attn",
+        "all",
+    ]
+    assert rows[0][1:4] == ["16x16", "rank 4, alpha 4", f"{spectra[0].norm:.4g}"]
+    assert rows[-1][1:3] == ["49 updates", f"{norm(spectra):.4g}"]
+
+
+def test_a_program_gets_all_singular_values(adapter, tav, tmp_path):
+    result = tav("info", "a[1].safetensors", "--modules", "--json", "--plot", "a.png")
+    told, spectra = json.loads(result.stdout), measure(adapter)
+    assert [row["values"] for row in told["updates"]] == [list(s.values) for s in spectra]
+    assert told["updates"][0]["energy"]["2"] == spectra[0].energy(2)
+    assert told["totals"]["all"]["norm"] == norm(spectra)
+    assert told["plot"] == "a.png"
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert "updates" not in json.loads(tav("info", "a[1].safetensors", "--json").stdout)
+
+
+def test_a_picture_that_is_there_is_kept(adapter, tav, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"mine")
+    result = tav("info", "a[1].safetensors", "--plot", "a.png")
+    assert result.exit_code == 2
+    assert "a.png is already there" in result.stderr
+    assert (tmp_path / "a.png").read_bytes() == b"mine"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tav_peft.errors import AdapterError
+from tav_peft.low_rank import truncate, truncate_factors
 from tav_peft.merging.methods import (
     METHODS,
     SUMS,
@@ -19,8 +20,6 @@ from tav_peft.merging.methods import (
     slerp,
     ties,
     trim,
-    truncate,
-    truncate_factors,
 )
 
 SHAPE = (4, 5)
