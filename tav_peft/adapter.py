@@ -20,7 +20,7 @@ from tav_peft.errors import AdapterError
 from tav_peft.header import FORMAT_VERSION, summarise
 from tav_peft.presets import Subset
 from tav_peft.recipe import ModelSection, Precision
-from tav_peft.tensor_file import FileTensors, read_tensors, write_tensors
+from tav_peft.tensor_file import FileTensors, hash_tensors, read_tensors, write_tensors
 
 LATENTS = "source.latents"  # the clip's clean latents, present only when asked for
 _TENSOR = re.compile(
@@ -161,11 +161,8 @@ class Adapter:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash what acts on a model (SHA-256, hex): the PEFT config and the tensors, without the latents."""
-        digest = hashlib.sha256(json.dumps(self.peft_config, sort_keys=True).encode())
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        config = json.dumps(self.peft_config, sort_keys=True)
+        return hashlib.sha256(f"{config} {hash_tensors(self.weights)}".encode()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Count tensors, parameters and bytes, in all and for each part."""
