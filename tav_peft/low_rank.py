@@ -15,13 +15,18 @@ def singular_values(update: Tensor) -> Tensor:
     return torch.linalg.svdvals(update).double()
 
 
-def singular_values_of_factors(factors: Factors) -> Tensor:
-    """Do as `singular_values` for B·A, of which there are no more than its rank, without multiplying it out.
+def core(factors: Factors) -> Tensor:
+    """Reduce B·A to a small matrix with the same singular values, in float64, without multiplying it out.
 
-    With B = Q₁·R₁ and Aᵀ = Q₂·R₂ they are those of R₁·R₂ᵀ, since Q₁ and Q₂ have orthonormal columns.
+    With B = Q₁·R₁ and Aᵀ = Q₂·R₂ it is R₁·R₂ᵀ, since Q₁ and Q₂ have orthonormal columns.
     """
     R1, R2 = (torch.linalg.qr(each.double(), mode="r").R for each in (factors[0], factors[1].T))
-    return torch.linalg.svdvals(R1 @ R2.T)
+    return R1 @ R2.T
+
+
+def singular_values_of_factors(factors: Factors) -> Tensor:
+    """Do as `singular_values` for B·A, of which there are no more than its rank."""
+    return torch.linalg.svdvals(core(factors))
 
 
 def truncate(update: Tensor, rank: int) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def plot(spectra: Sequence[Spectrum], path: Path) -> None:
             if each.spectral_norm:
                 heights = [max(value / each.spectral_norm, 1e-8) for value in each.values]
                 right.plot(range(1, len(heights) + 1), heights, color=colour, linewidth=0.6, alpha=0.7)
-    names = [block.replace(".transformer_blocks", "").replace("_block", "") for block in blocks]
+    words = (".transformer_blocks", ".attentions", "_blocks", "_block")
+    names = [functools.reduce(lambda name, word: name.replace(word, ""), words, block) for block in blocks]
     left.set_xticks(range(len(blocks)), names, rotation=90, fontsize=6)
     left.set(ylabel="‖ΔW‖", ylim=(0, None), title="norm by depth")
     right.set(xlabel="n", ylabel="σₙ / σ₁", yscale="log", xscale="log", title="spectra")
