@@ -99,9 +99,19 @@ class MergeInfo(_Section):
     adapters: tuple[MergedAdapter, ...]
 
 
+class Derivation(_Section):
+    """What a tool made an adapter of, and how: its name, the hash of its tensors (if it is an adapter), the settings."""
+
+    tool: str
+    name: str
+    fingerprint: str = ""
+    settings: dict[str, Any] = {}
+
+
 class Provenance(_Section):
     """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in.
 
+    `derived_from` lists what tools did to it since it was tuned or merged, in that order.
     `temporal_branches` is how many temporal attentions run side by side in it; their weights are stacked then.
     """
 
@@ -117,6 +127,7 @@ class Provenance(_Section):
     versions: dict[str, str]
     probe: ProbeInfo | None = None
     merged_from: MergeInfo | None = None
+    derived_from: tuple[Derivation, ...] = ()
     temporal_branches: int = pydantic.Field(default=1, ge=1)
 
     def checked_subset(self) -> Subset:

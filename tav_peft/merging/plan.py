@@ -128,7 +128,7 @@ def plan(given: Sequence[Updates], settings: MergeSettings) -> MergePlan:
             rank = _rank(parameter, width, given, settings) if low else None
             shape = stacked_shape(parameter, width, branches if part == "t_attn" else 1)
             targets.append(Target(parameter, part, torch.Size(shape), rank))
-    return MergePlan(subset, tuple(targets), _config(subset, targets), _dtype(given, settings), branches)
+    return MergePlan(subset, tuple(targets), config_of(subset, targets), _dtype(given, settings), branches)
 
 
 def _with_rank(given: Sequence[Updates], settings: MergeSettings) -> MergeSettings:
@@ -168,8 +168,8 @@ def _rank(parameter: str, width: int, given: Sequence[Updates], settings: MergeS
     return min(wanted)
 
 
-def _config(subset: Subset, targets: Sequence[Target]) -> dict[str, Any] | None:
-    """Build the PEFT config: alpha is the rank everywhere, so the scale is 1."""
+def config_of(subset: Subset, targets: Sequence[Target]) -> dict[str, Any] | None:
+    """Build the PEFT config of what is made: alpha is the rank everywhere, so the scale is 1."""
     ranks = {target.module: target.rank for target in targets if target.rank is not None}
     if not ranks:
         return None
