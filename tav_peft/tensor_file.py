@@ -144,7 +144,7 @@ def write_tensors(
     unknown = dict.fromkeys((TENSORS_HASH, HEADER_HASH), "0" * 64) if hashed else {}
     with whole(path, AdapterError) as part, part.open("wb") as file:
         said = {} if digest is None else digest.entries
-        file.write(_header(layout, order, {**metadata, **unknown, **said}))
+        file.write(spell_header(layout, order, {**metadata, **unknown, **said}))
         hashes = {}
         for name in order:
             tensor = tensors[name]
@@ -161,7 +161,7 @@ def write_tensors(
             known[HEADER_HASH] = hash_header(known)
         if hashed or digest is not None:
             file.seek(0)
-            file.write(_header(layout, order, known))
+            file.write(spell_header(layout, order, known))
     return path
 
 
@@ -170,7 +170,7 @@ def order_of(layout: Mapping[str, Tensor]) -> list[str]:
     return sorted(layout, key=lambda name: (-layout[name].element_size(), name))
 
 
-def _header(layout: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]) -> bytes:
+def spell_header(layout: Mapping[str, Tensor], order: Sequence[str], metadata: Mapping[str, str]) -> bytes:
     """Spell a safetensors file's first bytes: the header's length, and the header."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from tav_peft.adapter import Adapter
 from tav_peft.errors import AdapterError
-from tav_peft.formats import diffusers, official_folder, peft
+from tav_peft.formats import diffusers, image_part, kohya, lycoris, official_folder, peft
+from tav_peft.formats.image_part import LeftOut
 from tav_peft.formats.loaded_base import LoadedBase
 
 
@@ -27,8 +28,21 @@ class ModelFormat(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"peft": peft, "diffusers": diffusers}
+FORMATS: dict[str, Format] = {"peft": peft, "diffusers": diffusers, "kohya": kohya, "lycoris": lycoris}
+IMAGE_FORMATS = ("diffusers", "kohya", "lycoris")  # which have a place for query projections only
 MODEL_FORMATS: dict[str, ModelFormat] = {"official": official_folder}
+
+
+def left_out(adapter: Adapter, to: str) -> list[LeftOut]:
+    """Say what of an adapter a format has no place for: the clip's latents, and T-Attn where it is one for images."""
+    absent = image_part.left_out(adapter)
+    return absent if to in IMAGE_FORMATS else [each for each in absent if each.part == "latents"]
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """Do as `read`, but of a file of ours read each tensor when it is asked for."""
+    path = Path(path)
+    return read(path) if path.is_dir() else Adapter.open(path)
 
 
 def read(path: str | Path) -> Adapter:

@@ -43,6 +43,24 @@ class MadeTensors(LazyTensors):
         return self._makers[name][1]()
 
 
+class RenamedTensors(LazyTensors):
+    """Tensors of a mapping under other names, read when they are asked for, and refused where they are not finite.
+
+    `names` are the old ones by the new; `file` is what errors call the mapping.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str], file: str = "the adapter"
+    ) -> None:
+        layout = layout_of(tensors)
+        self._tensors, self._names, self._file = tensors, names, file
+        self.layout = {new: layout[old] for new, old in names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        old = self._names[name]
+        return check_values(old, self._tensors[old], self._file)
+
+
 @dataclasses.dataclass(frozen=True)
 class Query:
     """The update of one query projection as a LoRA whose scale is alpha/rank; `A` and `B` read it."""
@@ -80,7 +98,7 @@ def image_part(adapter: Adapter) -> Adapter:
             "This adapter is T-Attn alone, and image tools have no temporal attention to put it in. Keep the "
             ".safetensors file, or export it as peft or official."
         )
-    tensors = MadeTensors({name: (like, _reader(adapter, name)) for name, like in kept.items()})
+    tensors = RenamedTensors(adapter.tensors, {name: name for name in kept})
     given, subset = adapter.provenance, adapter.subset
     if "t_attn" not in subset.parts:
         return Adapter(tensors, adapter.peft_config, given)
@@ -108,6 +126,20 @@ def loras(adapter: Adapter) -> list[Query]:
             read = _identity(width, dense.dtype), _reader(adapter, f"{module}.diff")
             found.append(Query(module, width, width, (identity, dense), *read))
     return found
+
+
+def as_dense(adapter: Adapter) -> Adapter:
+    """Give an adapter of query projections with dense updates: scale·B·A of its LoRAs, in the precision of B."""
+    if adapter.peft_config is None:
+        return adapter
+    updates, layout, makers = Updates(adapter, "the adapter"), layout_of(adapter.tensors), {}
+    for parameter, like in updates.layout.items():
+        module = parameter.removesuffix(".weight")
+        dtype = layout[f"{module}.lora_B.weight"].dtype
+        makers[f"{module}.diff"] = like.to(dtype), _product(updates, parameter, dtype)
+    subset = Subset("paper", adapter.subset.parts, adapter.subset.blocks)
+    changed = {"subset": dataclasses.asdict(subset), "probe": None}
+    return Adapter(MadeTensors(makers), None, adapter.provenance.model_copy(update=changed))
 
 
 def full_rank_config(adapter: Adapter, queries: Sequence[Query]) -> dict[str, Any]:
@@ -152,6 +184,18 @@ def _reduced(config: Mapping[str, Any], subset: Subset, kept: Mapping[str, Tenso
 
 def _reader(adapter: Adapter, name: str) -> Callable[[], Tensor]:
     return lambda: check_values(name, adapter.tensors[name], "the adapter")
+
+
+def _product(updates: Updates, parameter: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        product = updates[parameter].to(dtype)
+        if not torch.isfinite(product).all():
+            raise AdapterError(
+                f"The update of {parameter} does not fit into {dtype}, or is not finite. Cast the adapter to fp32."
+            )
+        return product
+
+    return make
 
 
 def _identity(width: int, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -161,7 +161,7 @@ class Library:
         self.verified.append((path, pipe, clip))
         return self.claims
 
-    def write(self, _adapter: Any, path: Path, *_base: Any) -> Path:
+    def write(self, _adapter: Any, path: Path, *_base: Any, **_naming: Any) -> Path:
         self.exports.append(path)
         return path
 
@@ -184,7 +184,8 @@ def library(monkeypatch, tmp_path) -> Library:
     fake = Library(clip=clip, source=clip())
     writer = SimpleNamespace(write=fake.write)
     formats = {
-        "read": fake.read, "FORMATS": {"peft": writer}, "MODEL_FORMATS": {"official": writer},
+        "read": fake.read, "FORMATS": {"peft": writer}, "MODEL_FORMATS": {"official": writer}, "IMAGE_FORMATS": (),
+        "left_out": lambda _adapter, _to: [],
         "official": SimpleNamespace(read=fake.read_official),
     }  # fmt: skip
     modules = {

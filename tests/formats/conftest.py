@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
+from tav_peft.adapter import Adapter
 from tav_peft.updates import Updates
 
 
@@ -64,3 +65,23 @@ def complaints(caplog):
     """List what diffusers warns of, but for text encoders: it warns of every file that has nothing for them."""
     caplog.set_level(logging.WARNING)
     return lambda: [text for text in caplog.messages if "CLIPTextModel" not in text]
+
+
+def with_patterns(adapter, **config):
+    """Give an adapter's LoRA another config; ranks are cut where the pattern says so."""
+    tensors = dict(adapter.tensors)
+    for module, rank in config.get("rank_pattern", {}).items():
+        for name in [name for name in tensors if name.startswith(f"{module}.lora_")]:
+            tensors[name] = tensors[name][:rank] if "lora_A" in name else tensors[name][:, :rank].contiguous()
+    return Adapter(tensors, {**adapter.peft_config, **config}, adapter.provenance)
+
+
+@pytest.fixture
+def uneven(make_adapter):
+    """An adapter with rsLoRA's scale, and a module each of another rank and another alpha."""
+    module = "mid_block.attentions.0.transformer_blocks.0"
+    return with_patterns(
+        make_adapter("lite", rank=3, alpha=5), use_rslora=True,
+        rank_pattern={f"{module}.attn1.to_q": 2, f"{module}.attn_temp.to_k": 1},
+        alpha_pattern={f"{module}.attn2.to_q": 0.7},
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from tav_peft.adapter import LATENTS, Adapter
+from tav_peft.adapter import LATENTS
 from tav_peft.errors import AdapterError
 from tav_peft.formats import diffusers
 from tav_peft.formats.image_part import left_out
@@ -36,26 +36,6 @@ def test_a_stock_unet_adds_what_we_add(preset, make_adapter, flat, by_hand, outp
     flat.load_lora_adapter(file.parent, weight_name=file.name, prefix="unet")
     assert (output(flat) - output(by_hand(adapter))).abs().max() <= TOLERANCE
     assert complaints() == []
-
-
-def with_patterns(adapter, **config):
-    """Give an adapter's LoRA another config; ranks are cut where the pattern says so."""
-    tensors = dict(adapter.tensors)
-    for module, rank in config.get("rank_pattern", {}).items():
-        for name in [name for name in tensors if name.startswith(f"{module}.lora_")]:
-            tensors[name] = tensors[name][:rank] if "lora_A" in name else tensors[name][:, :rank].contiguous()
-    return Adapter(tensors, {**adapter.peft_config, **config}, adapter.provenance)
-
-
-@pytest.fixture
-def uneven(make_adapter):
-    """An adapter with rsLoRA's scale, and a module each of another rank and another alpha."""
-    module = "mid_block.attentions.0.transformer_blocks.0"
-    return with_patterns(
-        make_adapter("lite", rank=3, alpha=5), use_rslora=True,
-        rank_pattern={f"{module}.attn1.to_q": 2, f"{module}.attn_temp.to_k": 1},
-        alpha_pattern={f"{module}.attn2.to_q": 0.7},
-    )  # fmt: skip
 
 
 def test_rslora_and_patterns_are_followed(uneven, image_pipe, by_hand, output, complaints, tmp_path):
