@@ -35,7 +35,7 @@ def print_rows(rows: Mapping[str, Any]) -> None:
         out.print(Text.assemble((f"{name:<{width}}", "bold"), f"  {value}"), soft_wrap=True)
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, to: Console = out) -> None:
     """Print columns under their names, the first to the left and the others to the right; no line is wrapped or cut."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for number, row in enumerate([head, *rows]):
@@ -43,7 +43,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             cell.ljust(w) if not n else cell.rjust(w)
             for n, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        out.print(Text("  ".join([first, *others]), style="bold" if not number else ""), soft_wrap=True)
+        to.print(Text("  ".join([first, *others]), style="bold" if not number else ""), soft_wrap=True)
 
 
 def show_table(title: str, rows: Mapping[str, Any]) -> None:

@@ -6,7 +6,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tav_peft.cli import cast, demo, diff, edit, export, import_, info, invert, merge, recipes, tune, verify
+from tav_peft.cli import (
+    cast,
+    demo,
+    diff,
+    edit,
+    export,
+    import_,
+    info,
+    invert,
+    merge,
+    recipes,
+    resize,
+    tune,
+    verify,
+)
 from tav_peft.cli.console import complain, out
 from tav_peft.errors import TavError
 
@@ -57,6 +71,7 @@ app.command("import")(import_.command)
 app.command("invert")(invert.command)
 app.command("info")(info.command)
 app.command("diff")(diff.command)
+app.command("resize")(resize.command)
 app.command("cast")(cast.command)
 app.command("merge")(merge.command)
 app.command("verify")(verify.command)

@@ -29,6 +29,16 @@ def singular_values_of_factors(factors: Factors) -> Tensor:
     return torch.linalg.svdvals(core(factors))
 
 
+def squared_norms(one: Factors, other: Factors) -> tuple[float, float, float]:
+    """Give ‖B₁·A₁‖², ‖B₂·A₂‖² and the squared norm of their difference [B₁, -B₂]·[A₁; A₂], from the factors."""
+    of_one, of_other = (float(core(each).square().sum()) for each in (one, other))
+    if all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True)):
+        return of_one, of_other, 0.0
+    B, A = ([each.double() for each in pair] for pair in zip(one, other, strict=True))
+    between = torch.cat([B[0], -B[1]], dim=1), torch.cat(A)
+    return of_one, of_other, float(core(between).square().sum())
+
+
 def truncate(update: Tensor, rank: int) -> Factors:
     """Find the B·A of this rank that is nearest to an update (truncated SVD, Eckart and Young 1936).
 

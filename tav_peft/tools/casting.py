@@ -14,7 +14,7 @@ from tav_peft.adapter import LATENTS, Adapter, check_values, split_name
 from tav_peft.errors import AdapterError
 from tav_peft.merging.sources import open_updates
 from tav_peft.presets import PARTS, part_of
-from tav_peft.recipe import Part, Precision
+from tav_peft.recipe import Part
 from tav_peft.shapes import DTYPES
 from tav_peft.tensor_file import LazyTensors, layout_of
 from tav_peft.tools.deriving import derived
@@ -32,14 +32,14 @@ _HELD: dict[torch.dtype, set[torch.dtype]] = {
 class CastReport:
     """What rounding did: ‖stored - given‖ / ‖given‖ (Frobenius) over all tensors, over each part, and of each tensor."""
 
-    dtype: Precision
+    dtype: str
     error: float
     parts: dict[Part, float]
     tensors: dict[str, float]
     bytes: int
 
 
-def cast(adapter: Adapter | str | Path, dtype: Precision) -> tuple[Adapter, CastReport]:
+def cast(adapter: Adapter | str | Path, dtype: str) -> tuple[Adapter, CastReport]:
     """Give an adapter in another precision, with a report of the rounding; the clip's latents stay as they are.
 
     Raises:
@@ -53,7 +53,7 @@ def cast(adapter: Adapter | str | Path, dtype: Precision) -> tuple[Adapter, Cast
 
 def cast_file(
     adapter: Adapter | str | Path,
-    dtype: Precision,
+    dtype: str,
     *,
     output: str | Path,
     progress: Progress | None = None,
@@ -87,7 +87,7 @@ def to_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(
-    adapter: Adapter | str | Path, dtype: Precision, progress: Progress | None
+    adapter: Adapter | str | Path, dtype: str, progress: Progress | None
 ) -> tuple[Adapter, _CastTensors]:
     if dtype not in DTYPES:
         raise AdapterError(f"dtype {dtype!r}: choose from {', '.join(DTYPES)}.")
@@ -122,7 +122,7 @@ class _CastTensors(LazyTensors):
             self._progress(len(self._squares), sum(name != LATENTS for name in self.layout))
         return rounded
 
-    def report(self, dtype: Precision) -> CastReport:
+    def report(self, dtype: str) -> CastReport:
         """Sum up the rounding of the tensors that were made."""
         by_part = {part: [n for n in self._squares if part_of(split_name(n)[0]) == part] for part in PARTS}
         return CastReport(

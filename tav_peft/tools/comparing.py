@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from tav_peft.adapter import Adapter, check_values
-from tav_peft.low_rank import Factors, core
+from tav_peft.low_rank import Factors, squared_norms
 from tav_peft.merging.sources import open_updates
 from tav_peft.presets import PARTS, part_of
 from tav_peft.recipe import Part
@@ -131,7 +131,7 @@ def _difference(one: Updates, other: Updates, parameter: str, *, absolute: bool)
     part = part_of(parameter.rpartition(".")[0])
     by_weight = part == "t_attn" and absolute
     if not by_weight and one.rank(parameter) is not None and other.rank(parameter) is not None:
-        squares = _of_factors(_factors(one, parameter), _factors(other, parameter))
+        squares = squared_norms(_factors(one, parameter), _factors(other, parameter))
     else:
         A, B = (
             check_values(parameter, each.absolute(parameter) if by_weight else each[parameter], each.name)
@@ -146,15 +146,6 @@ def _factors(updates: Updates, parameter: str) -> Factors:
     B, A = updates.factors(parameter)
     what = f"the LoRA on {parameter}"
     return check_values(what, B, updates.name).double(), check_values(what, A, updates.name).double()
-
-
-def _of_factors(one: Factors, other: Factors) -> tuple[float, float, float]:
-    """Square the norms of two updates B·A and of their difference [B₁, -B₂]·[A₁; A₂], from their factors."""
-    of_a, of_b = (float(core(each).square().sum()) for each in (one, other))
-    if all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True)):
-        return of_a, of_b, 0.0
-    between = torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]])
-    return of_a, of_b, float(core(between).square().sum())
 
 
 def _header(updates: Updates) -> dict[str, Any]:
