@@ -13,7 +13,9 @@ from tav_peft.cli.outputs import check_free
 def command(  # noqa: PLR0913  (a parameter is an option)
     clip: options.ClipFile,
     *,
-    adapter: Annotated[Path, Option("--adapter", help="The adapter that was tuned on this clip.")],
+    adapter: Annotated[
+        Path, Option("--adapter", callback=options.fetched, help="The adapter that was tuned on this clip.")
+    ],
     base: options.Base = None,
     prediction_type: options.PredictionType = None,
     steps: options.SamplingSteps = None,

@@ -20,7 +20,9 @@ _WEIGHT = (
     "One for each adapter, in order: 0.7, or 0.7,st_attn=0.5,up=0.8,up_blocks.1.t_attn=1, where the last that "
     "names a module counts."
 )
-Adapters = Annotated[list[Path], Argument(metavar="ADAPTER...", help="Files, or PEFT folders.")]
+Adapters = Annotated[
+    list[Path], Argument(metavar="ADAPTER...", callback=options.fetched, help=options.ADAPTERS)
+]
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)

@@ -3,15 +3,34 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, BadParameter, Context, Option
 
 if TYPE_CHECKING:
     from tav_peft.pipeline import TuneAVideoPipeline
 
+
+def fetched(ctx: Context, value: Path | list[Path]) -> Path | list[Path]:
+    """Give the paths of adapters that may be named by an address or a name on the hub."""
+    if ctx.resilient_parsing:  # a shell that completes a command downloads nothing
+        return value
+    if isinstance(value, list):
+        return [_path_of(each) for each in value]
+    return _path_of(value)
+
+
+def _path_of(name: Path) -> Path:
+    if name.exists():
+        return name
+    from tav_peft.sharing.fetching import fetch
+
+    return fetch(name)
+
+
+ADAPTERS = (
+    "A file of tav tune, a PEFT folder of tav export, user/name on the hub, or an https address of a file."
+)
 ClipFile = Annotated[Path, Argument(metavar="CLIP", help="A video file.")]
-AdapterFile = Annotated[
-    Path, Argument(metavar="ADAPTER", help="A file that tav tune wrote, or a PEFT folder of tav export.")
-]
+AdapterFile = Annotated[Path, Argument(metavar="ADAPTER", callback=fetched, help=ADAPTERS)]
 SourceClip = Annotated[Path | None, Option("--clip", help="The clip, where it is not found by itself.")]
 Base = Annotated[
     str | None,

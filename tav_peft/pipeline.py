@@ -141,7 +141,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     def load_adapter(
         self, adapter: Adapter | str | Path, adapter_name: str = "default", strength: Strength = 1.0
     ) -> Adapter:
-        """Attach an adapter (a file, a PEFT folder, or what `tune` returned) and return it.
+        """Attach an adapter (a file, a PEFT folder, `user/name` on the hub, an https address, or an `Adapter`).
 
         `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base. The
         UNet takes on the variant that the adapter was tuned in, until the last adapter is unloaded.

@@ -19,6 +19,7 @@ from tav_peft.adapter import Adapter, ProbeInfo, split_name
 from tav_peft.errors import AdapterError, ClipError, TavError
 from tav_peft.formats import peft
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.sharing.fetching import fetch
 from tav_peft.sources import clip_nearby, read_as_tuned
 from tav_peft.tensor_file import HEADER_HASH, TENSORS_HASH, FileTensors, hash_header, hash_tensors
 from tav_peft.unet import probe as probes
@@ -58,7 +59,7 @@ def verify(
         )
     path, of_file = None, []
     if not isinstance(adapter, Adapter):
-        path = Path(adapter)
+        path = fetch(adapter)
         try:
             adapter = formats.read(path)
         except AdapterError as error:

@@ -16,7 +16,9 @@ LAYERS = (
     ("pocket.motion",),
     ("pocket.clips",),
     ("unet.inflation", "inversion", "adapter", "autoencoding", "bases.single_file"),
-    ("bases.folder", "header"),
+    ("bases.folder", "header", "sharing.fetching"),
+    ("sharing.hub",),
+    ("sharing.address",),
     ("bases.checkpoint_file", "bases.unfit"),
     (
         "unet.attention",
@@ -29,7 +31,7 @@ LAYERS = (
     ),
     ("video.reading", "video.writing", "recipe", "bases", "pocket.world"),
     ("whole", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
-    ("errors", "unet.philox", "pocket", "unet", "video"),
+    ("errors", "unet.philox", "pocket", "sharing", "unet", "video"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -10,6 +10,7 @@ from tav_peft.errors import AdapterError
 from tav_peft.formats import diffusers, image_part, kohya, lycoris, official_folder, peft
 from tav_peft.formats.image_part import LeftOut
 from tav_peft.formats.loaded_base import LoadedBase
+from tav_peft.sharing.fetching import fetch
 
 
 class Format(Protocol):
@@ -46,13 +47,13 @@ def open_adapter(path: str | Path) -> Adapter:
 
 
 def read(path: str | Path) -> Adapter:
-    """Read an adapter: one of our files, or a PEFT folder that `tav export` wrote.
+    """Read an adapter: one of our files, or a PEFT folder that `tav export` wrote; or what `fetch` finds by its name.
 
     Raises:
         AdapterError: when there is nothing, or nothing that can be read.
 
     """
-    path = Path(path)
+    path = fetch(path)
     if (path / "unet").is_dir():
         raise AdapterError(
             f"{path} is a whole model. If the original code tuned it, `tav import {path} --base …` makes it an adapter."

@@ -15,6 +15,7 @@ from tav_peft.adapter import Adapter, ClipInfo, MergedAdapter, MergeInfo, Proven
 from tav_peft.errors import AdapterError
 from tav_peft.merging.plan import MergePlan, MergeSettings
 from tav_peft.merging.weights import Weight, check_rules, rules_of, weight_of
+from tav_peft.sharing.fetching import fetch
 from tav_peft.tensor_file import hash_tensors
 from tav_peft.unet import temporal_init
 from tav_peft.updates import Updates
@@ -82,7 +83,7 @@ def open_updates(given: Adapter | str | Path, name: str) -> Updates:
     """
     if isinstance(given, Adapter):
         return _with_known_start(Updates(given, name))
-    path = Path(given)
+    path = fetch(given)
     adapter = formats.read(path) if path.is_dir() else Adapter.open(path)
     return _with_known_start(Updates(adapter, path.name))
 
