@@ -12,6 +12,7 @@ from tav_peft.cli import (
     diff,
     edit,
     export,
+    extract,
     import_,
     info,
     invert,
@@ -71,6 +72,7 @@ app.command("import")(import_.command)
 app.command("invert")(invert.command)
 app.command("info")(info.command)
 app.command("diff")(diff.command)
+app.command("extract")(extract.command)
 app.command("resize")(resize.command)
 app.command("cast")(cast.command)
 app.command("merge")(merge.command)
