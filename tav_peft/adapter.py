@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
-from tav_peft.header import FORMAT_VERSION, summarise
+from tav_peft.header import FORMAT_VERSION, PREVIEW, parse_preview, spell_preview, summarise
 from tav_peft.presets import Subset
 from tav_peft.recipe import ModelSection, Precision
 from tav_peft.tensor_file import FileTensors, hash_tensors, read_tensors, write_tensors
@@ -143,16 +143,18 @@ class Provenance(_Section):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """Named tensors with the config that says how to apply them.
+    """Named tensors with the config that says how to apply them, and, in a bundle, a small picture of the clip.
 
     Tensor names are module paths of the inflated UNet and one of `lora_A.weight` (rank, in), `lora_B.weight`
     (out, rank), `diff` (a dense update of a query projection), or `weight`/`bias` (a dense T-Attn, absolute, as in
     PEFT's modules_to_save). `peft_config` is the JSON form of a stock `LoraConfig`, or None for a dense adapter.
+    `preview` is an animated WebP of the clip, at most 100 kB.
     """
 
     tensors: Mapping[str, Tensor]
     peft_config: Mapping[str, Any] | None
     provenance: Provenance
+    preview: bytes | None = None
 
     @property
     def subset(self) -> Subset:
@@ -178,7 +180,7 @@ class Adapter:
     def summary(self) -> dict[str, Any]:
         """Count tensors, parameters and bytes, in all and for each part."""
         sizes = {name: (t.numel(), t.numel() * t.element_size()) for name, t in self.tensors.items()}
-        return summarise(sizes, self.subset.preset, self.peft_config)
+        return summarise(sizes, self.subset.preset, self.peft_config, self.preview)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all.
@@ -192,6 +194,8 @@ class Adapter:
             "tav_peft": json.dumps(self.provenance.model_dump(mode="json"), sort_keys=True),
             "peft_config": json.dumps(self.peft_config, sort_keys=True),
         }
+        if self.preview is not None:
+            metadata[PREVIEW] = spell_preview(self.preview)
         return write_tensors(path, self.tensors, metadata, hashed=True)
 
     @classmethod
@@ -204,8 +208,7 @@ class Adapter:
         """
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        config, provenance = _parse_header(metadata, path.name)
-        return cls(check_tensors(tensors, path.name), config, provenance)
+        return cls(check_tensors(tensors, path.name), *_parse_header(metadata, path.name))
 
     @classmethod
     def open(cls, path: str | Path) -> Adapter:
@@ -217,9 +220,9 @@ class Adapter:
         """
         path = Path(path)
         tensors = FileTensors(path)
-        config, provenance = _parse_header(tensors.metadata, path.name)
+        told = _parse_header(tensors.metadata, path.name)
         check_layout(tensors.layout, path.name)
-        return cls(tensors, config, provenance)
+        return cls(tensors, *told)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -228,6 +231,11 @@ def split_name(name: str) -> tuple[str, str]:
     if match is None:
         raise ValueError(name)
     return match["module"], match["kind"]
+
+
+def is_tensor_name(name: str) -> bool:
+    """Tell whether an adapter may have a tensor of that name."""
+    return _TENSOR.fullmatch(name) is not None
 
 
 def check_tensors(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
@@ -264,14 +272,20 @@ def check_values(name: str, tensor: Tensor, file: str) -> Tensor:
     return tensor
 
 
-def _parse_header(metadata: Mapping[str, str], file: str) -> tuple[dict[str, Any] | None, Provenance]:
+def _parse_header(
+    metadata: Mapping[str, str], file: str
+) -> tuple[dict[str, Any] | None, Provenance, bytes | None]:
     if "tav_peft" not in metadata:
         raise AdapterError(
             f"{file} is a safetensors file, but not a tav-peft adapter (its header has no 'tav_peft' entry). "
             "Use a file that `tav tune` wrote, or a PEFT folder that `tav export` wrote."
         )
     provenance = parse_provenance(metadata["tav_peft"], file)
-    return parse_config(metadata.get("peft_config", "null"), provenance, file), provenance
+    config = parse_config(metadata.get("peft_config", "null"), provenance, file)
+    try:
+        return config, provenance, parse_preview(metadata)
+    except ValueError as error:
+        raise AdapterError(f"{file}: its preview {error}. Ask for the file again.") from None
 
 
 def _json(text: str, file: str) -> Any:

@@ -36,11 +36,11 @@ class MadeTensors(LazyTensors):
     """Tensors that functions make when they are asked for, each by its name, with its shape and dtype."""
 
     def __init__(self, makers: Mapping[str, tuple[Tensor, Callable[[], Tensor]]]) -> None:
-        self._makers = makers
+        self.makers = makers
         self.layout = {name: like for name, (like, _) in makers.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._makers[name][1]()
+        return self.makers[name][1]()
 
 
 class RenamedTensors(LazyTensors):
@@ -104,7 +104,7 @@ def image_part(adapter: Adapter) -> Adapter:
         return Adapter(tensors, adapter.peft_config, given)
     subset = Subset(subset.preset, tuple(part for part in subset.parts if part != "t_attn"), subset.blocks)
     # the probe was taken with T-Attn
-    changed = {"subset": dataclasses.asdict(subset), "probe": None, "temporal_branches": 1}
+    changed = {"subset": _as_json(subset), "probe": None, "temporal_branches": 1}
     config = None if adapter.peft_config is None else _reduced(adapter.peft_config, subset, kept)
     return Adapter(tensors, config if subset.lora_parts else None, given.model_copy(update=changed))
 
@@ -138,7 +138,7 @@ def as_dense(adapter: Adapter) -> Adapter:
         dtype = layout[f"{module}.lora_B.weight"].dtype
         makers[f"{module}.diff"] = like.to(dtype), _product(updates, parameter, dtype)
     subset = Subset("paper", adapter.subset.parts, adapter.subset.blocks)
-    changed = {"subset": dataclasses.asdict(subset), "probe": None}
+    changed = {"subset": _as_json(subset), "probe": None}
     return Adapter(MadeTensors(makers), None, adapter.provenance.model_copy(update=changed))
 
 
@@ -180,6 +180,10 @@ def _reduced(config: Mapping[str, Any], subset: Subset, kept: Mapping[str, Tenso
             if not inside:
                 del others[pattern]
     return {**others, "target_modules": json_config(targets)["target_modules"]}
+
+
+def _as_json(subset: Subset) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(subset).items()}
 
 
 def _reader(adapter: Adapter, name: str) -> Callable[[], Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tav_peft.adapter import ClipInfo
 from tav_peft.bases.checkpoint_file import read_checkpoint
 from tav_peft.errors import AdapterError, BaseModelError
+from tav_peft.formats.origin import UNKNOWN_CLIP
 from tav_peft.recipe import Recipe
 
 CONFIG = "config.yaml"
@@ -31,11 +32,6 @@ _PLACES = (
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STEP = re.compile(r"(?:checkpoint|tuneavideo)-(\d+)(?:\.\w+)?")
 _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|unet\.)*")
-
-# 8 frames a second is how the original shows every clip
-UNKNOWN_CLIP = ClipInfo(
-    name="", fingerprint="", frames=0, height=0, width=0, fps=8.0, indices=(), fit="squash"
-)
 
 
 class _Section(pydantic.BaseModel):

@@ -187,6 +187,7 @@ def library(monkeypatch, tmp_path) -> Library:
         "read": fake.read, "FORMATS": {"peft": writer}, "MODEL_FORMATS": {"official": writer}, "IMAGE_FORMATS": (),
         "left_out": lambda _adapter, _to: [],
         "official": SimpleNamespace(read=fake.read_official),
+        "importing": SimpleNamespace(OFFICIAL="official", recognise=lambda _path: "official"),
     }  # fmt: skip
     modules = {
         "video.clip": {"Clip": clip},

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from tav_peft.adapter import Adapter
 
@@ -41,10 +43,10 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(library, tav):
     assert tav(*COMMAND, "--overwrite").exit_code == 0
 
 
-def test_the_base_must_be_named(library, tav):
+def test_of_a_run_the_base_must_be_named(library, tav):
     result = tav("import", "run", "-o", "a.safetensors")
     assert result.exit_code == 2
-    assert "--base" in result.stderr
+    assert "a run needs the base that it started from" in result.stderr
 
 
 def test_a_run_goes_through_an_adapter_and_back(pipe, base, tav, tmp_path):
@@ -71,3 +73,46 @@ def test_what_is_no_run_is_one_line(base, tav, tmp_path):
     assert "so it is no finished run of the original code" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# -- LoRAs, with the library itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["peft", "diffusers", "kohya", "lycoris"])
+def test_what_export_wrote_needs_no_base(to, make_adapter, tav, tmp_path):
+    file, lora, back = (
+        str(tmp_path / name) for name in ("a.safetensors", "lora.safetensors", "b.safetensors")
+    )
+    make_adapter("lite").save(file)
+    assert tav("export", file, "--to", to, "-o", lora).exit_code == 0
+    result = tav("import", lora, "-o", back, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["format"], told["base"], told["prompt"]) == (to, "tiny", "a square")
+    assert told["modules"] == {"peft": {}, "lycoris": {"full": 14}}.get(to, {"lora": 14})
+    assert told["weights"] == sum(tensor.numel() for tensor in Adapter.load(back).tensors.values())
+    assert "Nothing is lost." in result.stderr
+
+
+def test_a_file_that_does_not_say_its_base_is_imported_on_the_one_that_is_named(
+    make_adapter, base, tav, tmp_path
+):
+    lora, back = tmp_path / "lora.safetensors", str(tmp_path / "b.safetensors")
+    queries = {n: t for n, t in make_adapter("lite").tensors.items() if ".attn_temp." not in n}
+    save_file({f"unet.{name}": tensor for name, tensor in queries.items()}, lora)
+    without = tav("import", str(lora), "-o", back)
+    assert without.exit_code == 1
+    assert "does not say what it was tuned on. Name it with --base." in without.stderr
+    result = tav("import", str(lora), "--base", str(base), "--prompt", "a man", "-o", back, "--json")
+    told = json.loads(result.stdout)
+    assert (told["format"], told["base"], told["prompt"]) == ("diffusers", "tiny", "a man")
+    adapter = Adapter.load(back)
+    assert all(torch.equal(adapter.tensors[name], tensor) for name, tensor in queries.items())
+    assert adapter.provenance.clip.fingerprint == ""
+
+
+def test_a_rank_is_for_runs(make_adapter, tav, tmp_path):
+    file = make_adapter("lite").save(tmp_path / "a.safetensors")
+    result = tav("import", str(file), "--rank", "2", "-o", str(tmp_path / "b.safetensors"))
+    assert result.exit_code == 2
+    assert "is no run. Import it, then use tav resize." in result.stderr
