@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from tav_peft.cli import (
+    bundle,
     cast,
     demo,
     diff,
@@ -76,6 +77,7 @@ app.command("extract")(extract.command)
 app.command("resize")(resize.command)
 app.command("cast")(cast.command)
 app.command("merge")(merge.command)
+app.command("bundle")(bundle.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("demo")(demo.command)

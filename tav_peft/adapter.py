@@ -208,7 +208,8 @@ class Adapter:
         """
         path = Path(path)
         tensors, metadata = read_tensors(path)
-        return cls(check_tensors(tensors, path.name), *_parse_header(metadata, path.name))
+        config, provenance, preview = _parse_header(metadata, path.name)
+        return cls(check_tensors(tensors, path.name), config, provenance, preview)
 
     @classmethod
     def open(cls, path: str | Path) -> Adapter:
@@ -220,9 +221,9 @@ class Adapter:
         """
         path = Path(path)
         tensors = FileTensors(path)
-        told = _parse_header(tensors.metadata, path.name)
+        config, provenance, preview = _parse_header(tensors.metadata, path.name)
         check_layout(tensors.layout, path.name)
-        return cls(tensors, *told)
+        return cls(tensors, config, provenance, preview)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -13,6 +14,8 @@ from typing import Any
 from tav_peft.presets import PARTS
 
 FORMAT_VERSION = 1
+PREVIEW = "modelspec.thumbnail"  # as ModelSpec calls a small picture in a header, which is a data URL
+_PREVIEW_FORM, _LARGEST_PREVIEW = "data:image/webp;base64,", 1_000_000
 _SOURCE = "source."  # how the names of what a file carries of its clip begin
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _LONGEST = 100_000_000  # the longest header that the safetensors library reads, in bytes
@@ -20,15 +23,16 @@ _LONGEST = 100_000_000  # the longest header that the safetensors library reads,
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The provenance and the PEFT config as they stand in a file, unchecked, and its tensors' sizes by name."""
+    """The provenance and the PEFT config as they stand in a file, unchecked, its tensors' sizes by name, its preview."""
 
     provenance: Mapping[str, Any]
     peft_config: Mapping[str, Any] | None
     sizes: Mapping[str, tuple[int, int]]
+    preview: bytes | None = None
 
     def summary(self) -> dict[str, Any]:
         """Count tensors, parameters and bytes, in all and for each part."""
-        return summarise(self.sizes, self.provenance["subset"]["preset"], self.peft_config)
+        return summarise(self.sizes, self.provenance["subset"]["preset"], self.peft_config, self.preview)
 
 
 def read_header(path: Path) -> Header | None:
@@ -44,15 +48,41 @@ def read_header(path: Path) -> Header | None:
         provenance, config = (json.loads(metadata[key]) for key in ("tav_peft", "peft_config"))
         sizes = {name: _size(entry) for name, entry in entries.items()}
         whole = 8 + length + sum(count for _, count in sizes.values()) == path.stat().st_size
-        header = Header(provenance, config, sizes)
+        header = Header(provenance, config, sizes, parse_preview(metadata))
         header.summary()
         return header if whole and provenance["format_version"] <= FORMAT_VERSION else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, struct.error):
         return None
 
 
+def spell_preview(picture: bytes) -> str:
+    """Spell a WebP as its header's entry."""
+    return _PREVIEW_FORM + base64.b64encode(picture).decode()
+
+
+def parse_preview(metadata: Mapping[str, str]) -> bytes | None:
+    """Read the WebP of a header's metadata; it is not decoded.
+
+    Raises:
+        ValueError: when the entry is something else, or larger than any preview.
+
+    """
+    text = metadata.get(PREVIEW)
+    if text is None:
+        return None
+    if not text.startswith(_PREVIEW_FORM) or len(text) > _LARGEST_PREVIEW:
+        raise ValueError("is no small WebP")
+    picture = base64.b64decode(text.removeprefix(_PREVIEW_FORM), validate=True)
+    if (picture[:4], picture[8:12]) != (b"RIFF", b"WEBP"):
+        raise ValueError("is no small WebP")
+    return picture
+
+
 def summarise(
-    sizes: Mapping[str, tuple[int, int]], preset: str, config: Mapping[str, Any] | None
+    sizes: Mapping[str, tuple[int, int]],
+    preset: str,
+    config: Mapping[str, Any] | None,
+    preview: bytes | None = None,
 ) -> dict[str, Any]:
     """Sum up an adapter's tensors by part, from how many parameters and bytes each of them has."""
     parts: dict[str, dict[str, int]] = {}
@@ -71,6 +101,7 @@ def summarise(
         "parameters": sum(row["parameters"] for row in parts.values()),
         "bytes": sum(row["bytes"] for row in parts.values()),
         "carries_latents": any(name.startswith(_SOURCE) for name in sizes),
+        "preview_bytes": None if preview is None else len(preview),
     }
 
 

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo", "tools"),
-    ("tuning", "report", "reconstruction", "merging", "verification"),
+    ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling"),
     ("pipeline",),
     ("formats", "unet.trainable", "trail", "sources"),
     ("unet.probe", "updates"),
@@ -29,7 +29,7 @@ LAYERS = (
         "tensor_file",
         "video.clip",
     ),
-    ("video.reading", "video.writing", "recipe", "bases", "pocket.world"),
+    ("video.preview", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
     ("whole", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video"),
 )

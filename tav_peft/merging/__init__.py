@@ -10,7 +10,7 @@ from typing import Any
 
 from tav_peft.adapter import Adapter, MergeInfo
 from tav_peft.merging.plan import MergePlan, MergeSettings, plan
-from tav_peft.merging.sources import info_of, latents_of, open_sources, provenance_of, warnings_of
+from tav_peft.merging.sources import info_of, latents_of, open_sources, preview_of, provenance_of, warnings_of
 from tav_peft.merging.tensors import MergedTensors, Progress
 from tav_peft.merging.weights import Weight
 from tav_peft.presets import part_of
@@ -111,7 +111,8 @@ def _merged(
             warnings=warnings_of(sources, planned),
         )
 
-    return Adapter(tensors, planned.peft_config, provenance_of(sources, planned, info)), report
+    provenance = provenance_of(sources, planned, info)
+    return Adapter(tensors, planned.peft_config, provenance, preview_of(sources)), report
 
 
 def _part_report(part: Part, planned: MergePlan, errors: dict[str, tuple[float, float]]) -> PartReport:

@@ -210,6 +210,13 @@ def latents_of(sources: Sequence[Source]) -> Tensor | None:
     return next((x for each in sources if (x := each.updates.adapter.latents) is not None), None)
 
 
+def preview_of(sources: Sequence[Source]) -> bytes | None:
+    """Give the clip's preview, if all adapters are of one clip and one of them carries it."""
+    if not _clip_of(sources).fingerprint:
+        return None
+    return next((x for each in sources if (x := each.updates.adapter.preview) is not None), None)
+
+
 def _clip_of(sources: Sequence[Source]) -> ClipInfo:
     first = sources[0].provenance.clip
     if len({each.provenance.clip.fingerprint for each in sources}) == 1:
