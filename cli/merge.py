@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
@@ -45,6 +45,17 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         ),
     ] = "update",
     dtype: Annotated[str | None, Option(help="fp32, fp16 or bf16. Not given: the adapters' own.")] = None,
+    into: Annotated[
+        str | None,
+        Option(help="A base to write with the merged updates in its weights, in place of an adapter."),
+    ] = None,
+    layout: Annotated[
+        str,
+        Option(
+            help="With --into: inflated (our own checkpoint), official (the original code's), or image (a plain model, "
+            "folder or single file as the base is, without T-Attn)."
+        ),
+    ] = "inflated",
     output: options.Output = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Write nothing, only show the errors.")] = False,
     overwrite: options.Overwrite = False,
@@ -52,7 +63,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Merge adapters into one, and say how far it is from their exact sum by weight.
 
-    For example: tav merge A B --weight 0.7 --weight 0.5,t_attn=1,up=0.8 --method ties -o C
+    For example: tav merge A B --weight 0.7 --weight 0.5,t_attn=1,up=0.8 --method ties -o C.
+    With --into BASE the sum is baked into the base's weights, and a weight of -1 takes it out again.
     """
     if output is None and not dry_run:
         raise BadParameter("give a file to write, or --dry-run.", param_hint="-o")
@@ -62,6 +74,21 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.merging.weights import parse_weight
 
     weights = [parse_weight(text) for text in weight] if weight else None
+    if into is not None:
+        if output is None or dry_run:
+            raise BadParameter(
+                "a baked checkpoint is written: give -o, without --dry-run.", param_hint="--into"
+            )
+        merging = {
+            "method": method,
+            "density": density,
+            "seed": seed,
+            "rank": rank,
+            "preset": preset,
+            "t_attn": t_attn,
+        }
+        _bake(adapters, into, output, weights, layout, dtype, merging, as_json)
+        return
     with console.progress_bar("merging") as moved:
         report = merge_files(
             adapters, weights, method, output=None if dry_run else output, progress=moved, density=density,
@@ -72,6 +99,34 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     if not as_json:
         _show(report)
     console.report(written, {"output": written[0] if written else None, **details}, as_json)
+
+
+def _bake(  # noqa: PLR0917
+    adapters: list[Path],
+    base: str,
+    output: Path,
+    weights: "list[dict[str, float]] | None",
+    layout: str,
+    dtype: str | None,
+    merging: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Write a base with the merged updates in its weights."""
+    from tav_peft.baking import LAYOUTS, bake, bake_image
+
+    if layout not in LAYOUTS:
+        raise BadParameter(f"{layout} is no layout. Choose from {', '.join(LAYOUTS)}.", param_hint="--layout")
+    if layout == "image":
+        if dtype is not None:
+            raise BadParameter("an image model keeps its own precision. Leave it out.", param_hint="--dtype")
+        made = bake_image(adapters, base, output, weights, **merging)
+    else:
+        pipe = options.open_base(base, "cpu", dtype or "fp32")
+        made = bake(adapters, pipe, output, weights, layout=layout, **merging)
+    for absent in made.left_out:
+        console.say(f"Left out: {len(absent.names)} tensors of {absent.part}; {absent.reason}.")
+    details = dataclasses.asdict(made) | {"info": made.info.model_dump(mode="json"), "layout": layout}
+    console.report([output], details, as_json)
 
 
 def _show(report: "MergeReport") -> None:

@@ -23,7 +23,8 @@ from tav_peft.bases import single_file
 from tav_peft.bases.folder import loading_options
 from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
-from tav_peft.errors import BaseModelError, TavError
+from tav_peft.errors import AdapterError, BaseModelError, TavError
+from tav_peft.formats import inflated
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
 from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import set_timesteps, start_scale
@@ -122,8 +123,29 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             pipe = cls(**single_file.components(path, prediction_type=prediction_type, **kwargs))
             pipe.register_to_config(_name_or_path=location)
             return pipe
+        section = inflated.section_of(path / "unet")
+        if section is not None and "unet" not in kwargs:
+            kwargs["unet"] = inflated.read_unet(path / "unet", section, kwargs["dtype"])
         options = loading_options(path, kwargs) if path.is_dir() else {}
         return super().from_pretrained(location, **{**options, **kwargs})
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the base as an inflated checkpoint, which `from_pretrained` loads with its variant.
+
+        Raises:
+            AdapterError: when adapters are loaded, or the disk refuses.
+
+        """
+        if self.adapters:
+            raise AdapterError(
+                f"Adapters are loaded ({', '.join(self.adapters)}). Unload them, or bake them in with `tav merge --into`."
+            )
+        unet = self.unet
+        section = inflated.Section(
+            model=unet.variant, temporal_seed=unet.temporal_seed, temporal_tuned=unet.temporal_tuned
+        )
+        state = {name: tensor.detach() for name, tensor in unet.state_dict().items()}
+        inflated.save(state, Path(save_directory), self, section)
 
     @property
     def base_name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig
@@ -140,6 +141,43 @@ class Updates(LazyTensors):
                 f"{self.name}: {len(wrong)} tensors are missing or do not belong to its preset {subset.preset}, first "
                 f"{wrong[0]}. The file was changed; ask for it again."
             )
+
+
+class UpdatedTensors(LazyTensors):
+    """A checkpoint's tensors with an adapter's updates added, each in its own precision, made when it is asked for.
+
+    `keys` says by the UNet's parameter where the checkpoint has it, for all that the adapter changes in it.
+
+    Raises:
+        AdapterError: when the checkpoint lacks one of them, or has it in another shape.
+
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], updates: Updates, keys: Mapping[str, str]) -> None:
+        self.updates = updates
+        self.layout = layout_of(tensors)
+        self._tensors = tensors
+        self._parameters = {key: parameter for parameter, key in keys.items()}
+        for parameter, key in keys.items():
+            there = tuple(self.layout[key].shape) if key in self.layout else None
+            needed = tuple(updates.layout[parameter].shape)
+            if there != needed:
+                what = "is missing" if there is None else f"has shape {there}"
+                raise AdapterError(
+                    f"{key} {what} in the base; {updates.name} needs it with {needed}. Use the base it was tuned for, or "
+                    "one like it."
+                )
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self._tensors[key]
+        if key not in self._parameters:
+            return tensor
+        updated = (tensor.float() + self.updates[self._parameters[key]]).to(tensor.dtype)
+        if not torch.isfinite(updated).all():
+            raise AdapterError(
+                f"{key} with the update does not fit into {tensor.dtype}. Choose a smaller weight."
+            )
+        return updated
 
 
 def tensor_ends(part: Part, *, dense: bool) -> list[str]:

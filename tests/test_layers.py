@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
-    ("demo", "tools"),
+    ("demo", "tools", "baking"),
     ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling"),
     ("pipeline",),
     ("formats", "unet.trainable", "trail", "sources"),

@@ -45,7 +45,7 @@ def loading_options(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in present:
         if name.startswith("tokenizer") and name not in given:
             _check_tokenizer(folder, name)
-    found = {name: _weights(folder, name) for name in models}
+    found = {name: weight_files(folder, name) for name in models}
     variant = given.get("variant") or _variant(found)
     chosen = {
         name: files.get(variant) or files.get(None) or next(iter(files.values()))
@@ -99,8 +99,13 @@ def _check_tokenizer(folder: Path, name: str) -> None:
         )
 
 
-def _weights(folder: Path, part: str) -> dict[str | None, list[Path]]:
-    """List a part's files of weights by variant, None for the plain ones; safetensors where there is a choice."""
+def weight_files(folder: Path, part: str) -> dict[str | None, list[Path]]:
+    """List a part's files of weights by variant, None for the plain ones; safetensors where there is a choice.
+
+    Raises:
+        BaseModelError: when there are none.
+
+    """
     found: dict[str | None, list[Path]] = {}
     for suffix in (".bin", ".safetensors"):
         named = [(_WEIGHTS.fullmatch(file.name), file) for file in sorted((folder / part).glob(f"*{suffix}"))]

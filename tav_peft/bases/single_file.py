@@ -62,7 +62,7 @@ def components(
 
     """
     checkpoint = read_checkpoint(path)
-    kind = _kind_of(path, checkpoint)
+    kind = kind_of(path, checkpoint)
     folder = Path(config) if config else _CONFIGS / kind
     encoders = ["text_encoder", "text_encoder_2"][: 2 if kind == "sdxl" else 1]
     for name in ("unet", "vae", *encoders):
@@ -79,7 +79,13 @@ def components(
     return parts
 
 
-def _kind_of(path: Path, checkpoint: Mapping[str, Tensor]) -> Kind:
+def kind_of(path: Path, checkpoint: Mapping[str, Tensor]) -> Kind:
+    """Tell which Stable Diffusion a single file holds, by its tensors' names.
+
+    Raises:
+        BaseModelError: when it is no base, with the reason.
+
+    """
     reason = unfit.reason_of_names(checkpoint)
     entry = checkpoint.get(f"{UNET}input_blocks.0.0.weight")
     if reason is None and entry is not None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tav_peft.adapter import Adapter
 from tav_peft.errors import AdapterError
-from tav_peft.formats import diffusers, image_part, kohya, lycoris, official_folder, peft
+from tav_peft.formats import diffusers, image_part, inflated, kohya, lycoris, official_folder, peft
 from tav_peft.formats.image_part import LeftOut
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.sharing.fetching import fetch
@@ -31,7 +31,7 @@ class ModelFormat(Protocol):
 
 FORMATS: dict[str, Format] = {"peft": peft, "diffusers": diffusers, "kohya": kohya, "lycoris": lycoris}
 IMAGE_FORMATS = ("diffusers", "kohya", "lycoris")  # which have a place for query projections only
-MODEL_FORMATS: dict[str, ModelFormat] = {"official": official_folder}
+MODEL_FORMATS: dict[str, ModelFormat] = {"official": official_folder, "inflated": inflated}
 
 
 def left_out(adapter: Adapter, to: str) -> list[LeftOut]:

@@ -26,18 +26,25 @@ def flat_names(modules: Iterable[str], architecture: Mapping[str, Any], scheme: 
         AdapterError: when the levels of the base are no equal number of blocks, for which ldm has no count.
 
     """
-    modules = list(modules)
-    dotted = {module: module for module in modules}
-    if scheme == "ldm":
-        layers = architecture["layers_per_block"]
-        if not isinstance(layers, int):
-            raise AdapterError(f"ldm's names do not fit a base with {layers} blocks a level. Use diffusers'.")
-        # the number of blocks a level is counted from the residual blocks of the first
-        levels = [f"down_blocks.0.resnets.{n}.conv1.weight" for n in range(layers)]
-        found = places("sd1", "unet", [*levels, *(f"{module}.weight" for module in modules)])
-        keys = {module: found[f"{module}.weight"].key for module in modules}
-        dotted = {m: key.removeprefix(UNET).removesuffix(".weight") for m, key in keys.items()}
+    dotted = ldm_names(modules, architecture) if scheme == "ldm" else {module: module for module in modules}
     return {module: name.replace(".", "_") for module, name in dotted.items()}
+
+
+def ldm_names(modules: Iterable[str], architecture: Mapping[str, Any]) -> dict[str, str]:
+    """Name modules as the UNet of latent diffusion does, by module: `input_blocks.1.1.transformer_blocks.0.attn1.to_q`.
+
+    Raises:
+        AdapterError: when the levels of the base are no equal number of blocks, for which ldm has no count.
+
+    """
+    modules, layers = list(modules), architecture["layers_per_block"]
+    if not isinstance(layers, int):
+        raise AdapterError(f"ldm's names do not fit a base with {layers} blocks a level. Use diffusers'.")
+    # the number of blocks a level is counted from the residual blocks of the first
+    levels = [f"down_blocks.0.resnets.{n}.conv1.weight" for n in range(layers)]
+    found = places("sd1", "unet", [*levels, *(f"{module}.weight" for module in modules)])
+    keys = {module: found[f"{module}.weight"].key for module in modules}
+    return {m: key.removeprefix(UNET).removesuffix(".weight") for m, key in keys.items()}
 
 
 def modules_by_name(architecture: Mapping[str, Any]) -> dict[str, str]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tav_peft import bases
-from tav_peft.adapter import Adapter, BaseModelInfo, Provenance, TemporalInit, check_values
+from tav_peft.adapter import Adapter, check_values
 from tav_peft.errors import AdapterError
+from tav_peft.formats import inflated
 from tav_peft.formats.loaded_base import LoadedBase
-from tav_peft.formats.official_run import UNKNOWN_CLIP, Run, find_run, read_weights
+from tav_peft.formats.official_run import find_run, read_weights
+from tav_peft.formats.origin import UNKNOWN_CLIP, check_base, imported_from
 from tav_peft.presets import PARTS, Subset, json_config
-from tav_peft.unet import temporal_init
-from tav_peft.unet.attaching import temporal_fingerprint
 from tav_peft.unet.inflation import InflatedUNet, is_temporal
 from tav_peft.unet.probe import probed
 
@@ -44,6 +42,8 @@ class Imported:
 def read(path: str | Path, base: LoadedBase, *, rank: int | None = None, caption: str = "") -> Imported:
     """Convert a run of the original code on `base`, which is loaded in float32, into an adapter.
 
+    So is a checkpoint that `inflated.write` wrote.
+
     `path` is the output folder, its `unet` folder or file, a `checkpoint-N`, or the `.pth` of trained tensors that the
     LOVEU-TGVE-2023 code saves. Without `rank` the result is exact: T-Attn as it is, and the query projections as dense
     updates; with it, those are LoRAs of that rank, cut off a singular value decomposition, the best for the rank
@@ -55,8 +55,11 @@ def read(path: str | Path, base: LoadedBase, *, rank: int | None = None, caption
             Tune-A-Video tunes on this base.
 
     """
-    _check_base(base)
+    check_base(base)
     run = find_run(Path(path))
+    ours = inflated.section_of(run.weights.parent)
+    if ours is not None:
+        base.unet.reset_temporal(ours.temporal_seed)
     found, unet, file = read_weights(run.weights), base.unet, run.weights.name
     names = _trainable(unet)
     whole = _check_names(found, unet, names, file)
@@ -76,7 +79,13 @@ def read(path: str | Path, base: LoadedBase, *, rank: int | None = None, caption
         else:
             made.add_lora(name.removesuffix(".weight"), tensor, unet.get_parameter(name), rank)
     plain = None if config is None else json_config(config)
-    adapter = Adapter(made.tensors, plain, _provenance(base, run, caption, subset, rank))
+    recorded = run.config.train_data.prompt if run.config else ""
+    tuning: dict[str, Any] = {"preset": subset.preset, "dtype": "fp32", **({"rank": rank} if rank else {})}
+    clip, recipe = run.config.clip if run.config else UNKNOWN_CLIP, run.recipe(**tuning)
+    origin = imported_from(base, subset, recipe, caption=caption or recorded, clip=clip, step=run.step or 0)
+    if ours is not None:
+        origin = origin.model_copy(update={"model": ours.model})
+    adapter = Adapter(made.tensors, plain, origin)
     return Imported(probed(adapter, unet), made.energy, made.inexact, made.deviation, base_checked=whole)
 
 
@@ -123,15 +132,6 @@ class _Conversion:
 
 
 # -- is it a run, and of this base? ------------------------------------------------------------------------
-
-
-def _check_base(base: LoadedBase) -> None:
-    if base.adapters:
-        raise AdapterError(f"Adapters are loaded ({', '.join(base.adapters)}). Unload them before importing.")
-    if base.unet.dtype != torch.float32:
-        raise AdapterError(
-            f"The base is loaded in {base.unet.dtype}, and updates count from float32. Load it so."
-        )
 
 
 def _trainable(unet: InflatedUNet) -> list[str]:
@@ -199,29 +199,3 @@ def _check_frozen(
 
 def _same(theirs: Tensor, ours: Tensor) -> bool:
     return theirs.shape == ours.shape and torch.equal(theirs, ours.to(theirs.device, theirs.dtype))
-
-
-# -- where it comes from -----------------------------------------------------------------------------------
-
-
-def _provenance(base: LoadedBase, run: Run, caption: str, subset: Subset, rank: int | None) -> Provenance:
-    seed = temporal_init.DEFAULT_SEED
-    section: dict[str, Any] = {"preset": subset.preset, "dtype": "fp32"}
-    recorded = run.config.train_data.prompt if run.config else ""
-    return Provenance(
-        caption=caption or recorded,
-        base=BaseModelInfo(
-            name=base.base_name,
-            fingerprint=base.base_fingerprint,
-            architecture=bases.architecture(base.unet),
-            prediction_type=base.scheduler.config.prediction_type,
-        ),
-        clip=run.config.clip if run.config else UNKNOWN_CLIP,
-        temporal_init=TemporalInit(
-            name=temporal_init.NAME, seed=seed, fingerprint=temporal_fingerprint(base.unet, seed)
-        ),
-        subset=dataclasses.asdict(subset),
-        step=run.step or 0,
-        recipe=run.recipe(**section, **({"rank": rank} if rank else {})),
-        versions={name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")},
-    )

@@ -36,7 +36,7 @@ def check_base(base: LoadedBase) -> None:
         raise AdapterError(
             f"The base is loaded in {base.unet.dtype}, and updates count from float32. Load it so."
         )
-    if base.unet.temporal_seed is None:
+    if base.unet.temporal_tuned:
         raise AdapterError(
             f"{base.base_name} is a tuned checkpoint itself. Name the base that it was tuned from."
         )
@@ -53,7 +53,7 @@ def imported_from(
 ) -> Provenance:
     """Describe an adapter that is imported on a base; its T-Attn, if any, counts from the base's initial weights."""
     seed = base.unet.temporal_seed
-    assert seed is not None  # or `check_base` had refused it
+    assert seed is not None
     return Provenance(
         caption=caption,
         base=BaseModelInfo(

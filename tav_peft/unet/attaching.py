@@ -301,6 +301,11 @@ def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
             f"The adapter's T-Attn starts from weights that seed {init.seed} does not give on this base "
             "(their SHA-256 differ), and its updates count from those. The file was changed, or tuned for another base."
         )
+    if unet.temporal_tuned:
+        raise AdapterError(
+            "This base's T-Attn is tuned already, and the adapter's T-Attn counts from initial weights. Use the base "
+            "that was baked, or merge the adapters."
+        )
     if unet.temporal_seed != init.seed:
         raise AdapterError(
             f"The adapter's T-Attn counts from initial weights of seed {init.seed}, this UNet has seed "

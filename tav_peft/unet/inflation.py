@@ -55,7 +55,8 @@ class InflatedUNet(UNet2DConditionModel):
     """A `UNet2DConditionModel` over video latents: its weights and names, plus `attn_temp` and `norm_temp`.
 
     Reproduces `UNet3DConditionModel` of the original implementation (Tune-A-Video, Wu et al. 2023, section 3.2), unless
-    its `variant` is another one. All variants have the same weights; `save_pretrained` keeps those, not the variant.
+    its `variant` is another one. All variants have the same weights; `save_pretrained` keeps those, the pipeline's the
+    variant too. T-Attn has the initial values of `temporal_seed`, or counts from them where it is `temporal_tuned`.
     """
 
     _repeated_blocks = ("VideoTransformerBlock",)
@@ -65,6 +66,7 @@ class InflatedUNet(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         self.frames = FrameSettings()
         self.temporal_seed: int | None = None
+        self.temporal_tuned = False
         _teach_frames(self, self.frames)
 
     @property
@@ -126,7 +128,7 @@ class InflatedUNet(UNet2DConditionModel):
         for name, parameter in self.named_parameters():
             if is_temporal(name):
                 parameter.copy_(temporal_init.initial(name, parameter.shape, seed))
-        self.temporal_seed = seed
+        self.temporal_seed, self.temporal_tuned = seed, False
 
 
 def is_temporal(name: str) -> bool:

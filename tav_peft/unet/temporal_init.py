@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from tav_peft.unet import philox
 
-NAME = "philox-uniform-1"  # changes whenever the numbers would
+NAME: Final = "philox-uniform-1"  # changes whenever the numbers would
 DEFAULT_SEED = 0
 _HASHED_ROWS = 16
 

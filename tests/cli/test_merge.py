@@ -4,11 +4,15 @@ import json
 import re
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 from tav_peft.adapter import Adapter
 from tav_peft.cli import merge as cli_merge
 from tav_peft.merging import merge
 from tav_peft.merging.methods import METHODS
+from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.updates import Updates
 
 
 @pytest.fixture
@@ -115,3 +119,54 @@ def test_what_is_there_may_be_replaced(files, tav):
 
 def test_the_help_names_every_method(tav):
     assert all(name in cli_merge._METHODS for name in METHODS)
+
+
+# -- into a base -------------------------------------------------------------------------------------------
+
+
+def test_into_a_base_writes_a_checkpoint_that_commands_load(files, base, tav):
+    merging = ("a.safetensors", "b.safetensors", "--weight", "0.5", "--weight", "0.25")
+    result = tav("merge", *merging, "--into", str(base), "-o", "baked")
+    assert (result.exit_code, result.stdout) == (0, "baked\n")
+    expected, _ = merge(["a.safetensors", "b.safetensors"], [0.5, 0.25], dtype="fp32")
+    ours = TuneAVideoPipeline.from_pretrained("baked").unet.state_dict()
+    pipe = TuneAVideoPipeline.from_pretrained(base)
+    updates = Updates(expected, "merged")
+    for name, tensor in pipe.unet.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor + updates[name] if name in updates else tensor)
+
+
+def test_into_an_image_model_says_what_is_left_out(files, base, tav):
+    result = tav("merge", "a.safetensors", "--into", str(base), "--layout", "image", "-o", "image", "--json")
+    said = json.loads(result.stdout)
+    assert (said["path"], said["layout"]) == ("image", "image")
+    assert said["changed"] == len([name for name in UNet2DConditionModel.from_pretrained("image/unet").state_dict()
+                                   if name.endswith(("attn1.to_q.weight", "attn2.to_q.weight"))])  # fmt: skip
+    assert "Left out: " in result.stderr
+    assert "tensors of t_attn; image tools have no temporal attention" in result.stderr
+
+
+def test_into_the_originals_layout_writes_what_export_writes(files, base, tav):
+    tav("merge", "a.safetensors", "--into", str(base), "--layout", "official", "-o", "merged")
+    tav("export", "a.safetensors", "--to", "official", "--base", str(base), "-o", "exported")
+    merged, exported = (
+        torch.load(f"{folder}/unet/diffusion_pytorch_model.bin", weights_only=True)
+        for folder in ("merged", "exported")
+    )
+    for name, tensor in exported.items():
+        torch.testing.assert_close(merged[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--layout", "2d"), "2d is no layout. Choose from inflated, official, image."),
+        (("--layout", "image", "--dtype", "fp16"), "an image model keeps its own precision"),
+        (("--dry-run",), "a baked checkpoint is written: give -o, without --dry-run"),
+    ],
+)
+def test_impossible_ways_into_a_base_are_refused(options, said, files, base, tav):
+    result = tav("merge", "a.safetensors", "--into", str(base), *options, "-o", "out")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (files / "out").exists()
