@@ -116,8 +116,13 @@ class _CastTensors(LazyTensors):
         if key == LATENTS:
             return given
         rounded = to_dtype(key, given, self.layout[key].dtype)
-        wrong = (rounded.double() - given.double()).square().sum()
-        self._squares[key] = float(wrong), float(given.double().square().sum())
+        # as exact as either: float32 holds both, but for the float64 of imported runs
+        plain = given if given.dtype == torch.float64 else given.float()
+        wrong, asked = (
+            torch.linalg.vector_norm(rounded.to(plain.dtype) - plain),
+            torch.linalg.vector_norm(plain),
+        )
+        self._squares[key] = float(wrong) ** 2, float(asked) ** 2
         if self._progress is not None:
             self._progress(len(self._squares), sum(name != LATENTS for name in self.layout))
         return rounded

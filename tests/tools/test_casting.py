@@ -32,7 +32,7 @@ def test_every_tensor_is_rounded_and_the_rounding_told(dtype, preset, make_adapt
     for name, tensor in adapter.tensors.items():
         assert torch.equal(made.tensors[name], tensor.to(DTYPES[dtype])), name
         error = (made.tensors[name].double() - tensor.double()).norm() / tensor.double().norm()
-        assert report.tensors[name] == pytest.approx(float(error), rel=1e-9)
+        assert report.tensors[name] == pytest.approx(float(error), rel=1e-5)
     assert steps[-1] == (len(adapter.tensors), len(adapter.tensors))
     assert report.bytes == made.summary()["bytes"]
     # half a unit in the last place, of 11 and 8 bits
@@ -45,7 +45,7 @@ def test_every_tensor_is_rounded_and_the_rounding_told(dtype, preset, make_adapt
             [t.double() for n, t in adapter.tensors.items() if "attn2" in n],
         )
     )
-    assert report.parts["cross_attn"] == pytest.approx((wrong / asked) ** 0.5, rel=1e-9)
+    assert report.parts["cross_attn"] == pytest.approx((wrong / asked) ** 0.5, rel=1e-5)
     in_memory, told = cast(given, dtype)
     assert told == report
     assert all(torch.equal(t, made.tensors[name]) for name, t in in_memory.tensors.items())
