@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from tav_peft.errors import AdapterError
@@ -69,8 +70,8 @@ def _check(given: Mapping[str, Any], kind: Any, file: str) -> None:
             f"{file} was initialised by {begin}, which changes the base's weights first, so that its update counts from "
             "weights that no one has. Have it saved as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)."
         )
-    known = _HARMLESS | _READ | {"init_lora_weights"}
-    others = sorted(key for key, value in given.items() if value and key not in known)
+    known, usual = _HARMLESS | _READ | {"init_lora_weights"}, LoraConfig().to_dict()
+    others = sorted(k for k, v in given.items() if v and k not in known and v != usual.get(k))
     if others:
         raise AdapterError(
             f"{file}: its config has {', '.join(others)}, which decides its update and is not read."

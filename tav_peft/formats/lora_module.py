@@ -52,6 +52,7 @@ class LoraModule:
                 f"{self._label}: its config and its tensors differ on whether {name} is a DoRA."
             )
         self._check_shapes()
+        self._alpha = None if form == "full" else self._agreed_alpha()
         if "magnitude" in kinds and self._base is None:
             raise AdapterError(
                 f"{self._label} is a DoRA, whose update depends on the base's weights. Name the base with --base."
@@ -79,9 +80,13 @@ class LoraModule:
         ranked = ("A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
         return next((self._like(kind).shape[0] for kind in ranked if kind in self.kinds), 1)
 
-    @functools.cached_property
+    @property
     def alpha(self) -> float:
-        """The alpha for which alpha/rank is the scale: the file's number, its config's, or the rank."""
+        """The alpha for which alpha/rank is the scale."""
+        return self.rank if self._alpha is None else self._alpha
+
+    def _agreed_alpha(self) -> float:
+        """Give the file's number, its config's where they are the same, or the rank where there is none."""
         said = [config.alpha(self.name) for config in self._configs]
         if "alpha" in self.kinds:
             number = self._read("alpha").reshape(-1)
