@@ -76,14 +76,13 @@ def to_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         AdapterError: when one of its values is too large for it.
 
     """
-    rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all():
-        largest = float(value.abs().max())
+    largest = torch.stack(torch.aminmax(value)).abs().max()  # which rounds to infinity if any does
+    if not torch.isfinite(largest.to(dtype)):
         raise AdapterError(
-            f"{name} has values up to {largest:.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}. "
+            f"{name} has values up to {float(largest):.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}. "
             "Use bf16 or fp32."
         )
-    return rounded
+    return value.to(dtype)
 
 
 def _cast(
@@ -116,13 +115,10 @@ class _CastTensors(LazyTensors):
         if key == LATENTS:
             return given
         rounded = to_dtype(key, given, self.layout[key].dtype)
-        # as exact as either: float32 holds both, but for the float64 of imported runs
+        # float32 holds what either has, but for the float64 of imported runs
         plain = given if given.dtype == torch.float64 else given.float()
-        wrong, asked = (
-            torch.linalg.vector_norm(rounded.to(plain.dtype) - plain),
-            torch.linalg.vector_norm(plain),
-        )
-        self._squares[key] = float(wrong) ** 2, float(asked) ** 2
+        wrong = torch.linalg.vector_norm(rounded.to(plain.dtype) - plain)
+        self._squares[key] = float(wrong) ** 2, float(torch.linalg.vector_norm(plain)) ** 2
         if self._progress is not None:
             self._progress(len(self._squares), sum(name != LATENTS for name in self.layout))
         return rounded

@@ -223,8 +223,8 @@ class _ResizedTensors(LazyTensors):
         if self._updates.rank(parameter) is None:
             update = _update(self._updates, parameter)
             B, A = self._stored(names, truncate(update, rank))
-            wrong = float((B.float() @ A.float() - update).double().square().sum())
-            asked = float(update.double().square().sum())
+            wrong = float(torch.linalg.vector_norm(torch.addmm(update, B.float(), A.float(), alpha=-1))) ** 2
+            asked = float(torch.linalg.vector_norm(update)) ** 2
         else:
             given = _factors(self._updates, parameter)
             kept = given if given[1].shape[0] <= rank else truncate_factors(given, rank)
@@ -243,7 +243,7 @@ class _ResizedTensors(LazyTensors):
         """Sum up the updates that were made."""
         ranks = {target.parameter: target.rank or 0 for target in self._targets.values()}
         for name in self._lost:
-            square = float(_update(self._updates, name).double().square().sum())
+            square = float(torch.linalg.vector_norm(_update(self._updates, name))) ** 2
             self._squares[name], ranks[name] = (square, square), 0
         updates = tuple(
             Resized(
