@@ -18,6 +18,7 @@ from tav_peft.cli import (
     info,
     invert,
     merge,
+    publish,
     recipes,
     resize,
     tune,
@@ -78,6 +79,7 @@ app.command("resize")(resize.command)
 app.command("cast")(cast.command)
 app.command("merge")(merge.command)
 app.command("bundle")(bundle.command)
+app.command("publish")(publish.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("demo")(demo.command)

@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo", "tools", "baking"),
-    ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling"),
+    ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling", "sharing.publishing"),
+    ("sharing.card",),
     ("pipeline",),
     ("formats", "unet.trainable", "trail", "sources"),
     ("unet.probe", "updates"),

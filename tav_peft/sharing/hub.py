@@ -34,7 +34,8 @@ SAMPLES = "samples"  # folder of a published adapter's pictures
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 # what the hub's client raises when nothing answers is its HTTP library's, which differs between its versions
 _FAILURES: tuple[type[Exception], ...] = (OSError, cast("type[Exception]", HfHubHTTPError.__mro__[1]))
-_REFUSALS: tuple[type[Exception], ...] = (*_FAILURES, ValueError)
+# those of an upload: a card that the hub does not accept, and what the client packs a failing file's reason into
+_REFUSALS: tuple[type[Exception], ...] = (*_FAILURES, ValueError, RuntimeError)
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,6 +202,8 @@ def _check_fit(
 
 
 def _why_not(name: str, error: Exception) -> str:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return "the hub does not know the token. Log in again with `hf auth login`."

@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self.body)
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.hub.repositories:
-            self.tell({"error": "there already"}, 409)
+            self.tell({"error": "there already", "url": f"{self.hub.address}/{name}"}, 409)
             return
         self.hub.add(
             name,

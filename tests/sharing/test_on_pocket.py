@@ -1,6 +1,9 @@
 """Handing on for real, on the embedded base: what a receiver gets is enough."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -18,7 +21,8 @@ def tuned(tmp_path_factory):
     """A folder with rabbit.mp4 and rabbit.safetensors, of two steps."""
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "rabbit.mp4").write_bytes(sample("rabbit-grass").read_bytes())
-    recipe = Recipe.load("pocket").override(["training.steps=2", "adapter.preset=lite"])
+    settings = ["training.steps=2", "adapter.preset=lite", "editing.num_inference_steps=2"]
+    recipe = Recipe.load("pocket").override(settings)
     clip = Clip.read(folder / "rabbit.mp4", **recipe.clip.model_dump())
     tune(TuneAVideoPipeline.from_pretrained("pocket"), clip, CAPTION, recipe).save(
         folder / "rabbit.safetensors"
@@ -28,7 +32,7 @@ def tuned(tmp_path_factory):
 
 @pytest.fixture
 def tav(monkeypatch, tmp_path):
-    """Run a command in an empty folder."""
+    """Run a command in an empty folder, or where the test is by now."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, code=0):
@@ -70,3 +74,61 @@ def test_a_bundle_is_of_the_clip_that_was_tuned_on(tuned, tav, tmp_path):
     tav(*asked, "--clip", tuned / "rabbit.mp4")
     assert Adapter.load(tmp_path / "sent.safetensors").latents is not None
     assert "already there" in tav(*asked, code=2).stderr
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_published_card_tells_to_do_runs(tuned, tav, tmp_path, kept, monkeypatch):
+    tav("bundle", tuned / "rabbit.safetensors", "-o", "rabbit.safetensors")
+    Clip.read(tuned / "rabbit.mp4").write(tmp_path / "pictures" / "a-panda-is-moving-on-the-grass.gif")
+    asked = ("publish", "rabbit.safetensors", "-o", "out", "--license", "openrail", "--json")
+    samples = ("--samples", "pictures/a-panda-is-moving-on-the-grass.gif")
+    said = json.loads(tav(*asked, *samples, *(["--keep-latents"] if kept else [])).stdout)
+    assert {*said["files"]} == {
+        "README.md", "SHA256SUMS", "rabbit.safetensors", "samples/the-clip.webp",
+        "samples/a-panda-is-moving-on-the-grass.gif",
+    }  # fmt: skip
+    assert said["commit"] is None
+    monkeypatch.chdir(tmp_path / "out")
+    if not kept:
+        (tmp_path / "out" / "rabbit.mp4").write_bytes((tuned / "rabbit.mp4").read_bytes())
+    card = Path("README.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line)
+        for block in re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    assert len(commands) == (1 if kept else 2)
+    for number, (name, *arguments) in enumerate(commands):
+        assert name == "tav"
+        assert "a panda is moving on the grass" in arguments
+        tav(*arguments, "-o", f"edits-{number}")
+        assert Clip.read(f"edits-{number}/a-panda-is-moving-on-the-grass.mp4").frames == 8
+    programs = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(programs) == len(commands)
+    for program in programs:
+        exec(compile(program, "README.md", "exec"), {})
+        assert Clip.read("edit.mp4").fps == 8
+        Path("edit.mp4").unlink()
+    assert "holds" in tav("verify", "rabbit.safetensors").stdout
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_the_card_of_what_is_uploaded_loads_by_name(tuned, tav, tmp_path, hub, token):
+    asked = (
+        "publish",
+        tuned / "rabbit.safetensors",
+        "-o",
+        "out",
+        "--upload",
+        "ann/rabbit",
+        "--private",
+        "--json",
+    )
+    said = json.loads(tav(*asked).stdout)
+    assert said["commit"].startswith(f"{hub.address}/ann/rabbit/commit/")
+    assert "tav edit ann/rabbit --prompt" in Path("out/README.md").read_text(encoding="utf-8")
+    told = json.loads(tav("info", "ann/rabbit", "--json").stdout)
+    assert told["provenance"]["caption"] == CAPTION
+    assert tav("publish", "x", "-o", "new", "--private", code=2).stderr
+    assert "no name on the hub" in tav("publish", "x", "-o", "new", "--upload", "rabbit", code=1).stderr
+    assert not Path("new").exists()
