@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -25,6 +26,7 @@ from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import AdapterError, BaseModelError, TavError
 from tav_peft.formats import inflated
+from tav_peft.image_loras import ImageLoras
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
 from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import set_timesteps, start_scale
@@ -46,7 +48,7 @@ class EditOutput:
     latents: Latents
 
 
-class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+class TuneAVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]
     """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
 
     The base is a Stable Diffusion 1.x, 2.x or XL, the last with its second text encoder and tokenizer. `pipe.unet` is
@@ -85,6 +87,8 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self._attachments = Attachments(self.unet)
+        encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        self._image_loras = ImageLoras(self.unet, {name: e for name, e in encoders.items() if e is not None})
 
     @classmethod
     def from_pretrained(
@@ -161,12 +165,18 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
     # -- adapters ----------------------------------------------------------------------------------------
 
     def load_adapter(
-        self, adapter: Adapter | str | Path, adapter_name: str = "default", strength: Strength = 1.0
+        self,
+        adapter: Adapter | str | Path,
+        adapter_name: str = "default",
+        strength: Strength = 1.0,
+        *,
+        hotswap: bool = False,
     ) -> Adapter:
         """Attach an adapter (a file, a PEFT folder, `user/name` on the hub, an https address, or an `Adapter`).
 
         `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base. The
-        UNet takes on the variant that the adapter was tuned in, until the last adapter is unloaded.
+        UNet takes on the variant that the adapter was tuned in, until the last adapter is unloaded. With
+        `hotswap` it takes the place of the loaded adapter of that name and its config, whose layers and strengths stay.
 
         Raises:
             AdapterError: when the file is damaged, does not fit this base, or an adapter of another variant is loaded.
@@ -181,13 +191,21 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 tuned_on.name,
                 self.base_name,
             )
-        self._attachments.attach(adapter_name, adapter, strength)
+        if hotswap:
+            self._attachments.swap(adapter_name, adapter)
+        elif adapter_name in self._image_loras.names:
+            raise AdapterError(f"{adapter_name!r} is loaded already. Unload it, or choose another name.")
+        else:
+            self._attachments.attach(adapter_name, adapter, strength)
         return adapter
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Strength | Sequence[Strength] | None = None
     ) -> None:
-        """Choose which loaded adapters are on, with their strengths (1 where none are given); the others go off."""
+        """Choose which loaded adapters and LoRAs are on, with their strengths; the others go off.
+
+        Strengths are 1 where none are given. An adapter's may be one for each part, a LoRA's is a number.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if adapter_weights is None or isinstance(adapter_weights, (int, float, Mapping)):
             weights: list[Strength] = [1.0 if adapter_weights is None else adapter_weights] * len(names)
@@ -197,16 +215,40 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise TavError(
                 f"{len(names)} adapters and {len(weights)} strengths were given. Give one strength each."
             )
-        self._attachments.set_strengths(dict(zip(names, weights, strict=True)))
+        chosen = dict(zip(names, weights, strict=True))
+        loras = {name: chosen.pop(name) for name in self._image_loras.names if name in chosen}
+        if any(isinstance(strength, Mapping) for strength in loras.values()):
+            raise TavError("A LoRA of an image model has no parts. Give one number for its strength.")
+        self._image_loras.set_strengths(cast("dict[str, float]", loras))
+        self._attachments.set_strengths(chosen)
 
     def unload_adapter(self, adapter_name: str = "default") -> None:
-        """Take an adapter off; without adapters the UNet is bit for bit the base again."""
-        self._attachments.detach(adapter_name)
+        """Take an adapter or a LoRA off; without any, UNet and text encoders are bit for bit the base's again."""
+        if adapter_name in self._image_loras.names:
+            self._image_loras.unload(adapter_name)
+            self._attachments.apply()
+        else:
+            self._attachments.detach(adapter_name)
+
+    def load_lora_weights(self, lora: str | Path, adapter_name: str, strength: float = 1.0) -> None:
+        """Load an ordinary LoRA of an image model, for style or character, beside the adapters of clips.
+
+        `lora` is a file of kohya's or diffusers' keys, or a folder of PEFT or diffusers. It acts in every frame, and on
+        the text encoders where it has tensors for them. Load it before inverting: an inversion holds for what is on.
+
+        Raises:
+            AdapterError: when the name is taken, or the file is no LoRA that fits this base.
+
+        """
+        if adapter_name in self.adapters:
+            raise AdapterError(f"{adapter_name!r} is loaded already. Unload it, or choose another name.")
+        self._image_loras.load(Path(lora), adapter_name, strength)
+        self._attachments.apply()
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the loaded adapters."""
-        return self._attachments.names
+        """Names of the loaded adapters, and of LoRAs beside them."""
+        return [*self._attachments.names, *self._image_loras.names]
 
     # -- text and pixels ---------------------------------------------------------------------------------
 
@@ -220,6 +262,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         """
         device = self._execution_device
+        prompts = [self.maybe_convert_prompt(prompt, self.tokenizer) for prompt in prompts]
         if self.text_encoder_2 is None:
             told = encode_clip_text(prompts, self.tokenizer, self.text_encoder, device)
         else:
@@ -340,7 +383,7 @@ class TuneAVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             "base_fingerprint": self.base_fingerprint,
             "prediction_type": self.scheduler.config.prediction_type,
             "model": self.unet.variant.model_dump(),
-            "adapters": self._attachments.record(),
+            "adapters": [*self._attachments.record(), *self._image_loras.record()],
         }
 
     @torch.no_grad()

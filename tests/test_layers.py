@@ -10,7 +10,7 @@ LAYERS = (
     ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling", "sharing.publishing"),
     ("sharing.card",),
     ("pipeline",),
-    ("formats", "unet.trainable", "trail", "sources"),
+    ("formats", "unet.trainable", "trail", "sources", "image_loras"),
     ("unet.probe", "updates"),
     ("unet.attaching",),
     ("unet.branches",),

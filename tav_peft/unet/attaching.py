@@ -87,7 +87,26 @@ class Attachments:
         if not self._slots:
             self._own_variant, self.unet.variant = self.unet.variant, adapter.provenance.model
         self._slots[name] = slot
-        self._apply()
+        self.apply()
+
+    def swap(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter in the place of another of the same config, whose layers take its tensors, strengths kept.
+
+        Raises:
+            AdapterError: when the two differ in their config or their variant, or the new one does not fit the UNet.
+
+        """
+        slot = self._slots[self._known(name)]
+        alike = [(a.peft_config, a.provenance.model, a.provenance.subset) for a in (adapter, slot.adapter)]
+        if alike[0] != alike[1] or has_branches(adapter) or has_branches(slot.adapter):
+            raise AdapterError(
+                f"The adapter is of another preset, rank, variant or selection than {name!r}, so its layers cannot take "
+                f"its tensors. Unload {name!r} and load it."
+            )
+        audit(adapter, self.unet)
+        slot.adapter = adapter
+        _fill_lora(self.unet, adapter, slot.inner)
+        self.apply()
 
     def detach(self, name: str) -> None:
         """Take an adapter off; the last one leaves the UNet bit for bit as it was."""
@@ -96,14 +115,14 @@ class Attachments:
         remove_branches(self.unet, slot.inner)
         if not self._slots:
             self.unet.variant = self._own_variant
-        self._apply()
+        self.apply()
 
     def set_strengths(self, strengths: Mapping[str, Strength]) -> None:
         """Set the strengths of the named adapters; those not named get 0."""
         given = {self._known(name): by_part(strength) for name, strength in strengths.items()}
         for name, slot in self._slots.items():
             slot.strength = given.get(name, dict.fromkeys(PARTS, 0.0))
-        self._apply()
+        self.apply()
 
     def _audit_variant(self, adapter: Adapter) -> None:
         theirs = {slot.adapter.provenance.model for slot in self._slots.values()} - {adapter.provenance.model}
@@ -120,7 +139,8 @@ class Attachments:
             )
         return name
 
-    def _apply(self) -> None:
+    def apply(self) -> None:
+        """Bring every module to the strengths."""
         inner = [slot.inner for slot in self._slots.values()]
         for path, layer in lora_layers(self.unet):
             # plain LoRAs of other tools stay on
