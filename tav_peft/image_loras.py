@@ -174,7 +174,9 @@ def _check(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _read(loader: Any, file: Path, tensors: Mapping[str, Tensor], unet: InflatedUNet) -> tuple[Any, Any, Any]:
-    """Give tensors in diffusers' names, kohya's alphas, and the metadata that say alpha otherwise."""
+    """Give tensors in diffusers' names, no alphas, and the metadata that say alpha."""
+    if any(key.endswith(".alpha") for key in tensors):
+        return loader.lora_state_dict(_scaled(tensors), unet_config=unet.config, return_lora_metadata=True)
     if not all(key.startswith(_PEFT) for key in tensors):
         return loader.lora_state_dict(str(file), unet_config=unet.config, return_lora_metadata=True)
     config = file.parent / "adapter_config.json"
@@ -186,6 +188,17 @@ def _read(loader: Any, file: Path, tensors: Mapping[str, Tensor], unet: Inflated
         raise AdapterError(f"{config} is broken ({error}). Ask for the folder again.") from None
     named = {"unet." + key.removeprefix(_PEFT): tensor for key, tensor in tensors.items()}
     return named, None, {f"unet.{key}": value for key, value in told.items()}
+
+
+def _scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply alpha/rank into kohya's tensors: diffusers (0.42.1) loses alphas that differ between modules."""
+    scaled = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    for key, alpha in tensors.items():
+        module = key.removesuffix(".alpha")
+        up, down = (f"{module}.lora_{end}.weight" for end in ("up", "down"))
+        if key.endswith(".alpha") and up in scaled and down in scaled:
+            scaled[up] = scaled[up].float() * (float(alpha) / len(scaled[down]))
+    return scaled
 
 
 def _exactly(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:

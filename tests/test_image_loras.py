@@ -71,8 +71,12 @@ def style(request, base, tmp_path):
     for name, tensor in plain.items():
         module, kind = name.split(".lora_")
         key = "lora_unet_" + module.replace(".", "_")
-        flat[f"{key}.lora_{'down' if kind[0] == 'A' else 'up'}.weight"] = tensor
-        flat[f"{key}.alpha"] = torch.tensor(3.0)
+        # an alpha of its own for each module, the same update
+        alpha = 1.0 + len(module) % 4
+        flat[f"{key}.lora_{'down' if kind[0] == 'A' else 'up'}.weight"] = (
+            tensor if kind[0] == "A" else tensor * (3.0 / alpha)
+        )
+        flat[f"{key}.alpha"] = torch.tensor(alpha)
     save_file(flat, tmp_path / "style.safetensors")
     return tmp_path / "style.safetensors", updates
 
