@@ -67,7 +67,7 @@ def _leading(update: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     ‖ΔWᵀΔW·v - σ²·v‖ is at most a thousandth of the smallest σ² kept, or what float32 rounds of the largest; the energy is
     then that of the exact vectors to a millionth, for flat spectra too (tests/test_low_rank.py).
     """
-    size = float(update.abs().max()) or 1.0
+    size = float(torch.stack(torch.aminmax(update)).abs().max()) or 1.0
     update = update.float() / size  # squares of very small numbers would round to nothing
     omega = torch.randn(update.shape[1], rank + _MORE, generator=torch.Generator().manual_seed(0))
     block = torch.linalg.qr(update.T @ (update @ omega.to(update.device))).Q
@@ -76,7 +76,7 @@ def _leading(update: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
         image = images[:, -block.shape[1] :]
         # the next block of the space, without what is in the basis; again, since rounding of small columns brings it back
         following, R = update.T @ image, torch.eye(block.shape[1], device=update.device)
-        for _ in range(3):
+        for _ in range(2):
             following, again = torch.linalg.qr(following - basis @ (basis.T @ following))
             R = again @ R
         squares, Y = torch.linalg.eigh((images.T @ images).double())

@@ -117,8 +117,10 @@ class _CastTensors(LazyTensors):
         rounded = to_dtype(key, given, self.layout[key].dtype)
         # float32 holds what either has, but for the float64 of imported runs
         plain = given if given.dtype == torch.float64 else given.float()
-        wrong = torch.linalg.vector_norm(rounded.to(plain.dtype) - plain)
-        self._squares[key] = float(wrong) ** 2, float(torch.linalg.vector_norm(plain)) ** 2
+        wrong = 0.0
+        if given.dtype not in _HELD[rounded.dtype]:
+            wrong = float(torch.linalg.vector_norm(rounded.to(plain.dtype) - plain))
+        self._squares[key] = wrong**2, float(torch.linalg.vector_norm(plain)) ** 2
         if self._progress is not None:
             self._progress(len(self._squares), sum(name != LATENTS for name in self.layout))
         return rounded

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tav_peft.adapter import Adapter, check_values
 from tav_peft.low_rank import Factors, squared_norms
@@ -137,8 +138,7 @@ def _difference(one: Updates, other: Updates, parameter: str, *, absolute: bool)
             check_values(parameter, each.absolute(parameter) if by_weight else each[parameter], each.name)
             for each in (one, other)
         )
-        A, B = A.double(), B.double()
-        squares = float(A.square().sum()), float(B.square().sum()), float((A - B).square().sum())
+        squares = _square(A), _square(B), _square(A - B)
     return UpdateDifference(parameter, part, *squares)
 
 
@@ -146,6 +146,10 @@ def _factors(updates: Updates, parameter: str) -> Factors:
     B, A = updates.factors(parameter)
     what = f"the LoRA on {parameter}"
     return check_values(what, B, updates.name).double(), check_values(what, A, updates.name).double()
+
+
+def _square(update: Tensor) -> float:
+    return float(torch.linalg.vector_norm(update)) ** 2
 
 
 def _header(updates: Updates) -> dict[str, Any]:
