@@ -252,7 +252,7 @@ def check_layout(layout: Mapping[str, Tensor], file: str) -> None:
     if unknown:
         raise AdapterError(
             f"{file} has {len(unknown)} tensors that belong to no part of an adapter, first {unknown[0]!r}. "
-            "It was made by another tool or is damaged."
+            "It was made by another tool (`tav import` may read it) or is damaged."
         )
     if not any(name != LATENTS for name in layout):
         raise AdapterError(f"{file} holds no adapter tensors. Tune again, or ask for the file again.")
@@ -281,7 +281,7 @@ def _parse_header(
     if "tav_peft" not in metadata:
         raise AdapterError(
             f"{file} is a safetensors file, but not a tav-peft adapter (its header has no 'tav_peft' entry). "
-            "Use a file that `tav tune` wrote, or a PEFT folder that `tav export` wrote."
+            "Use a file that `tav tune` wrote, or make it one by `tav import`."
         )
     provenance = parse_provenance(metadata["tav_peft"], file)
     config = parse_config(metadata.get("peft_config", "null"), provenance, file)

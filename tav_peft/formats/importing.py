@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from tav_peft.adapter import LATENTS, Adapter, is_tensor_name
 from tav_peft.formats import diffusers, lora, peft
+from tav_peft.formats.image_part import RenamedTensors
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.lora import ImportedLora
 from tav_peft.formats.lora_tensors import name_format
@@ -47,7 +49,9 @@ def read(path: str | Path, base: LoadedBase | None = None, *, caption: str = "")
     """
     path, kind = Path(path), recognise(path)
     if kind == OURS:
-        return _whole(Adapter.load(path), kind)
+        adapter = Adapter.open(path)
+        checked = RenamedTensors(adapter.tensors, {name: name for name in adapter.tensors}, path.name)
+        return _whole(dataclasses.replace(adapter, tensors=checked), kind)
     if kind == "peft" and "tav_peft" in FileTensors(path / peft.WEIGHTS).metadata:
         return _whole(peft.read(path), kind)
     return lora.read(path, base, caption=caption)

@@ -106,5 +106,5 @@ def _foreign(others: list[str], file: str) -> AdapterError:
     parts = {name.split(".lora")[0].rsplit(".alpha", 1)[0] for name in others}
     return AdapterError(
         f"{file} changes {len(parts)} modules that are no part of Tune-A-Video, first {others[0]}. Such a LoRA, of a "
-        "style or an object, is not imported but loaded beside an adapter: pipe.unet.load_lora_adapter(file)."
+        "style or an object, is not imported but loaded beside an adapter: pipe.load_lora_weights(file, name)."
     )

@@ -56,7 +56,7 @@ def read(path: Path) -> Adapter:
     tensors, metadata = read_tensors(path / WEIGHTS)
     if "tav_peft" not in metadata:
         raise AdapterError(
-            f"{path} is a PEFT adapter, but its header lacks 'tav_peft': not made for an inflated UNet."
+            f"{path} is a PEFT adapter, but its header lacks 'tav_peft'. `tav import` may read it."
         )
     provenance = parse_provenance(metadata["tav_peft"], str(path))
     plain = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

@@ -372,7 +372,7 @@ REFUSED = {
 def test_what_cannot_be_imported_exactly_is_refused_with_the_reason(what, write, pipe):
     changes, reason = REFUSED[what]
     with pytest.raises(AdapterError, match=reason):
-        importing.read(write(changes), pipe)
+        dict(importing.read(write(changes), pipe).adapter.tensors)
 
 
 def test_a_style_lora_is_loaded_beside_an_adapter_as_the_refusal_says(
@@ -383,25 +383,14 @@ def test_a_style_lora_is_loaded_beside_an_adapter_as_the_refusal_says(
         for kind, shape in {"A": (2, 32), "B": (32, 2)}.items()
     }
     save_file(style, tmp_path / "style.safetensors")
-    with pytest.raises(AdapterError, match=r"pipe\.unet\.load_lora_adapter"):
+    with pytest.raises(AdapterError, match=r"pipe\.load_lora_weights\(file, name\)"):
         importing.read(tmp_path / "style.safetensors", pipe)
-    inputs = noise(1, 4, 2, 8, 8), 500, noise(1, 24, 32)
-    outputs = []
-    for name, beside in (("style", False), ("style", True), (None, True)):
-        if name:
-            pipe.unet.load_lora_adapter(
-                load_file(tmp_path / "style.safetensors"), prefix="unet", adapter_name=name
-            )
-        if beside:
-            pipe.load_adapter(make_adapter("lite"))
-        with torch.no_grad():
-            outputs.append(pipe.unet(*inputs).sample)
-        if beside:
-            pipe.unload_adapter()
-        if name:
-            pipe.unet.delete_adapters(name)
-    for one, other in ((0, 1), (1, 2), (0, 2)):
-        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
+    inputs = noise(1, 4, 2, 4, 4), 500, noise(1, 24, 32)
+    pipe.load_adapter(make_adapter("lite"))
+    with torch.no_grad():
+        before = pipe.unet(*inputs).sample
+        pipe.load_lora_weights(tmp_path / "style.safetensors", "style")
+        assert (pipe.unet(*inputs).sample - before).abs().max() > 1e-3
 
 
 def test_an_alpha_that_metadata_contradict_is_refused(write, pipe):
