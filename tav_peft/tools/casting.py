@@ -96,7 +96,7 @@ def _cast(
     if updates.dtypes <= _HELD[DTYPES[dtype]]:
         provenance = provenance.model_copy(update={"probe": given.provenance.probe})
     tensors = _CastTensors(given, updates.name, DTYPES[dtype], progress)
-    return Adapter(tensors, given.peft_config, provenance), tensors
+    return dataclasses.replace(given, tensors=tensors, provenance=provenance), tensors
 
 
 class _CastTensors(LazyTensors):

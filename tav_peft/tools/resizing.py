@@ -122,7 +122,9 @@ def _resize(
     provenance = provenance.model_copy(update={"subset": dataclasses.asdict(subset)})
     targets = _targets(updates, subset, rule)
     tensors = _ResizedTensors(updates, targets, subset, progress)
-    return Adapter(tensors, config_of(subset, targets), provenance), tensors
+    config = config_of(subset, targets)
+    made = dataclasses.replace(given, tensors=tensors, peft_config=config, provenance=provenance)
+    return made, tensors
 
 
 def _subset(updates: Updates, preset: str | None) -> Subset:

@@ -107,3 +107,9 @@ def test_a_file_may_be_cast_over_itself(make_adapter, tmp_path):
     expected, _ = cast(file, "fp16")
     cast_file(file, "fp16", output=file)
     assert compare(file, expected).equal
+
+
+def test_the_clips_preview_is_kept(make_adapter, tmp_path):
+    given = dataclasses.replace(make_adapter(), preview=b"RIFF\x04\x00\x00\x00WEBP")
+    made, _ = cast(given, "fp16")
+    assert made.preview == given.preview

@@ -240,3 +240,9 @@ def test_more_rank_never_leaves_more_out(make_adapter):
     adapter = make_adapter("paper")
     errors = [resize(adapter, RankRule(rank))[1].error for rank in (1, 2, 4, 8)]
     assert all(more < less for less, more in itertools.pairwise(errors))
+
+
+def test_the_clips_preview_is_kept(make_adapter, tmp_path):
+    given = dataclasses.replace(make_adapter(), preview=b"RIFF\x04\x00\x00\x00WEBP")
+    made, _ = resize(given, RankRule(1))
+    assert made.preview == given.preview
