@@ -25,6 +25,12 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
     strength: Annotated[float, Option(min=0, help="Of the adapter; 0: without tuning, the base.")] = 1.0,
+    lora: Annotated[
+        list[str] | None, Option(help="An ordinary LoRA beside the adapter: FILE, or FILE=0.7; repeatable.")
+    ] = None,
+    textual_inversion: Annotated[
+        list[Path] | None, Option(help="A word that was learned for the base; repeatable.")
+    ] = None,
     inversion: Annotated[
         Path | None, Option(help="What tav invert wrote for this clip and adapter; not given: invert now.")
     ] = None,
@@ -60,6 +66,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     source: Any = source_of(tuned, adapter, clip) if clip or not (no_inversion or kept) else recorded
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
+    for number, given_lora in enumerate(lora or []):
+        pipe.load_lora_weights(*_file_and_name(given_lora, number))
+    for word in textual_inversion or []:
+        pipe.load_textual_inversion(word)
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     if no_inversion:
@@ -75,10 +85,21 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         clips = pipe(prompts, **start, progress=moved, **how.sampling).clips
     edits = [write_edit(*each) for each in zip(clips, prompts, files, strict=True)]
     details = {
-        **how.sampling, "strength": strength, "inversion": _told(start.get("inversion")),
+        **how.sampling, "strength": strength, "loras": lora or [], "inversion": _told(start.get("inversion")),
         "seed": (seed or 0) if no_inversion else None, "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
+
+
+def _file_and_name(given: str, number: int) -> tuple[Path, str, float]:
+    """Split FILE=0.7 into file, a name and the strength."""
+    file, equals, strength = given.rpartition("=")
+    try:
+        return Path(file if equals else given), f"lora_{number}", float(strength) if equals else 1.0
+    except ValueError:
+        raise BadParameter(
+            f"{strength!r} is no strength. Give FILE, or FILE=0.7.", param_hint="--lora"
+        ) from None
 
 
 def _told(inversion: "Inversion | None") -> dict[str, Any] | None:

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tav_peft import autoencoding, bases, formats
-from tav_peft.adapter import Adapter, ClipInfo
+from tav_peft import autoencoding, bases
+from tav_peft.adapter import ClipInfo
 from tav_peft.bases import single_file
 from tav_peft.bases.folder import loading_options
 from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.errors import AdapterError, BaseModelError, TavError
 from tav_peft.formats import inflated
-from tav_peft.image_loras import ImageLoras
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
+from tav_peft.loading import AdapterLoading
 from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import set_timesteps, start_scale
 from tav_peft.shapes import Latents
-from tav_peft.unet.attaching import Attachments, Strength
 from tav_peft.unet.inflation import InflatedUNet, inflate
 from tav_peft.video.clip import Clip
-
-_LOG = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -48,7 +42,7 @@ class EditOutput:
     latents: Latents
 
 
-class TuneAVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # type: ignore[misc]
+class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[misc]
     """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
 
     The base is a Stable Diffusion 1.x, 2.x or XL, the last with its second text encoder and tokenizer. `pipe.unet` is
@@ -86,9 +80,7 @@ class TuneAVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # typ
             tokenizer_2=tokenizer_2,
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self._attachments = Attachments(self.unet)
-        encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-        self._image_loras = ImageLoras(self.unet, {name: e for name, e in encoders.items() if e is not None})
+        self._prepare_loading(self.unet, {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
 
     @classmethod
     def from_pretrained(
@@ -145,110 +137,12 @@ class TuneAVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # typ
                 f"Adapters are loaded ({', '.join(self.adapters)}). Unload them, or bake them in with `tav merge --into`."
             )
         unet = self.unet
+        assert unet.temporal_seed is not None
         section = inflated.Section(
             model=unet.variant, temporal_seed=unet.temporal_seed, temporal_tuned=unet.temporal_tuned
         )
         state = {name: tensor.detach() for name, tensor in unet.state_dict().items()}
         inflated.save(state, Path(save_directory), self, section)
-
-    @property
-    def base_name(self) -> str:
-        """Name of the base, without folders of this machine."""
-        location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
-        return bases.name_of(location) if location else "unnamed"
-
-    @functools.cached_property
-    def base_fingerprint(self) -> str:
-        """Hash of the base's query projections; taken before the first adapter changes them, then kept."""
-        return bases.fingerprint(self.unet)
-
-    # -- adapters ----------------------------------------------------------------------------------------
-
-    def load_adapter(
-        self,
-        adapter: Adapter | str | Path,
-        adapter_name: str = "default",
-        strength: Strength = 1.0,
-        *,
-        hotswap: bool = False,
-    ) -> Adapter:
-        """Attach an adapter (a file, a PEFT folder, `user/name` on the hub, an https address, or an `Adapter`).
-
-        `strength` is one number, or one for each of the parts st_attn, cross_attn and t_attn; 0 is exactly the base. The
-        UNet takes on the variant that the adapter was tuned in, until the last adapter is unloaded. With
-        `hotswap` it takes the place of the loaded adapter of that name and its config, whose layers and strengths stay.
-
-        Raises:
-            AdapterError: when the file is damaged, does not fit this base, or an adapter of another variant is loaded.
-
-        """
-        if not isinstance(adapter, Adapter):
-            adapter = formats.read(adapter)
-        tuned_on = adapter.provenance.base
-        if tuned_on.fingerprint != self.base_fingerprint:
-            _LOG.warning(
-                "The adapter was tuned on another base (%s); it is stacked onto %s.",
-                tuned_on.name,
-                self.base_name,
-            )
-        if hotswap:
-            self._attachments.swap(adapter_name, adapter)
-        elif adapter_name in self._image_loras.names:
-            raise AdapterError(f"{adapter_name!r} is loaded already. Unload it, or choose another name.")
-        else:
-            self._attachments.attach(adapter_name, adapter, strength)
-        return adapter
-
-    def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: Strength | Sequence[Strength] | None = None
-    ) -> None:
-        """Choose which loaded adapters and LoRAs are on, with their strengths; the others go off.
-
-        Strengths are 1 where none are given. An adapter's may be one for each part, a LoRA's is a number.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if adapter_weights is None or isinstance(adapter_weights, (int, float, Mapping)):
-            weights: list[Strength] = [1.0 if adapter_weights is None else adapter_weights] * len(names)
-        else:
-            weights = list(adapter_weights)
-        if len(weights) != len(names):
-            raise TavError(
-                f"{len(names)} adapters and {len(weights)} strengths were given. Give one strength each."
-            )
-        chosen = dict(zip(names, weights, strict=True))
-        loras = {name: chosen.pop(name) for name in self._image_loras.names if name in chosen}
-        if any(isinstance(strength, Mapping) for strength in loras.values()):
-            raise TavError("A LoRA of an image model has no parts. Give one number for its strength.")
-        self._image_loras.set_strengths(cast("dict[str, float]", loras))
-        self._attachments.set_strengths(chosen)
-
-    def unload_adapter(self, adapter_name: str = "default") -> None:
-        """Take an adapter or a LoRA off; without any, UNet and text encoders are bit for bit the base's again."""
-        if adapter_name in self._image_loras.names:
-            self._image_loras.unload(adapter_name)
-            self._attachments.apply()
-        else:
-            self._attachments.detach(adapter_name)
-
-    def load_lora_weights(self, lora: str | Path, adapter_name: str, strength: float = 1.0) -> None:
-        """Load an ordinary LoRA of an image model, for style or character, beside the adapters of clips.
-
-        `lora` is a file of kohya's or diffusers' keys, or a folder of PEFT or diffusers. It acts in every frame, and on
-        the text encoders where it has tensors for them. Load it before inverting: an inversion holds for what is on.
-
-        Raises:
-            AdapterError: when the name is taken, or the file is no LoRA that fits this base.
-
-        """
-        if adapter_name in self.adapters:
-            raise AdapterError(f"{adapter_name!r} is loaded already. Unload it, or choose another name.")
-        self._image_loras.load(Path(lora), adapter_name, strength)
-        self._attachments.apply()
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the loaded adapters, and of LoRAs beside them."""
-        return [*self._attachments.names, *self._image_loras.names]
 
     # -- text and pixels ---------------------------------------------------------------------------------
 
@@ -383,7 +277,7 @@ class TuneAVideoPipeline(DiffusionPipeline, TextualInversionLoaderMixin):  # typ
             "base_fingerprint": self.base_fingerprint,
             "prediction_type": self.scheduler.config.prediction_type,
             "model": self.unet.variant.model_dump(),
-            "adapters": [*self._attachments.record(), *self._image_loras.record()],
+            "adapters": self._acting(),
         }
 
     @torch.no_grad()

@@ -280,6 +280,14 @@ def test_a_textual_inversion_of_several_vectors_is_a_word_of_prompts(pipe, tmp_p
     assert torch.equal(pipe.encode_prompts(["a red cat"]).text, plain)
 
 
+def test_what_is_no_textual_inversion_is_refused(pipe, tmp_path):
+    save_file({"<robot>": torch.ones(2, 3)}, tmp_path / "narrow.safetensors")
+    (tmp_path / "text.safetensors").write_text("a text")
+    for name in ("narrow", "text", "nothing"):
+        with pytest.raises(AdapterError, match=f"{name}.safetensors cannot be loaded as a textual inversion"):
+            pipe.load_textual_inversion(tmp_path / f"{name}.safetensors")
+
+
 def test_stock_peft_agrees_with_the_updates_that_these_tests_count_from(base, tmp_path, noise):
     flat = UNet2DConditionModel.from_pretrained(base / "unet")
     model = random_loras(UNet2DConditionModel.from_pretrained(base / "unet"), 1)

@@ -10,6 +10,7 @@ LAYERS = (
     ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling", "sharing.publishing"),
     ("sharing.card",),
     ("pipeline",),
+    ("loading",),
     ("formats", "unet.trainable", "trail", "sources", "image_loras"),
     ("unet.probe", "updates"),
     ("unet.attaching",),

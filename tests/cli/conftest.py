@@ -53,6 +53,8 @@ class Library:
     inversions: list[dict[str, Any]] = field(default_factory=list)
     edits: list[dict[str, Any]] = field(default_factory=list)
     attached: list[float] = field(default_factory=list)
+    loras: list[tuple[Path, str, float]] = field(default_factory=list)
+    words: list[Path] = field(default_factory=list)
     measured: list[tuple[Any, Inversion]] = field(default_factory=list)
     nearby: Any = None
     sources: list[tuple[Path, Path | None]] = field(default_factory=list)
@@ -92,6 +94,12 @@ class Library:
 
     def load_adapter(self, _adapter: Any, strength: float = 1.0) -> None:
         self.attached.append(strength)
+
+    def load_lora_weights(self, file: Path, name: str, strength: float) -> None:
+        self.loras.append((file, name, strength))
+
+    def load_textual_inversion(self, file: Path) -> None:
+        self.words.append(file)
 
     def invert(self, _source: Any, *, progress: Any, **options: Any) -> Any:
         self.inversions.append(options)

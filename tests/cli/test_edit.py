@@ -168,3 +168,20 @@ def test_json_is_one_object_with_each_edit_and_its_settings(library, tav):
     sheet = {"prompt": "a panda", "clip": "a-edits/a-panda.mp4", "contact_sheet": "a-edits/a-panda.png"}
     assert told["edits"] == [sheet]
     assert (told["guidance_scale"], told["num_inference_steps"], told["strength"]) == (4.0, 50, 1.0)
+
+
+def test_loras_and_words_go_beside_the_adapter(library, tav):
+    beside = "--lora style.safetensors --lora a=b.safetensors=0.7 --textual-inversion robot.pt"
+    result = tav("edit", "a.safetensors", "--prompt", "a <robot>", *beside.split())
+    assert result.exit_code == 0
+    assert library.loras == [
+        (Path("style.safetensors"), "lora_0", 1.0), (Path("a=b.safetensors"), "lora_1", 0.7),
+    ]  # fmt: skip
+    assert library.words == [Path("robot.pt")]
+
+
+def test_a_strength_of_a_lora_that_is_no_number_is_refused(library, tav):
+    result = tav("edit", "a.safetensors", "--prompt", "a panda", "--lora", "style.safetensors=strong")
+    assert result.exit_code == 2
+    assert "'strong' is no strength. Give FILE, or FILE=0.7." in result.stderr
+    assert library.edits == []
