@@ -12,6 +12,7 @@ from tav_peft.presets import PARTS
 
 Scheme = Literal["diffusers", "ldm"]
 SCHEMES: tuple[Scheme, ...] = ("diffusers", "ldm")
+_MOST = 64  # levels, blocks a level, or transformer blocks; SDXL has 3, 3 and 10
 
 
 def flat_names(modules: Iterable[str], architecture: Mapping[str, Any], scheme: Scheme) -> dict[str, str]:
@@ -48,8 +49,18 @@ def ldm_names(modules: Iterable[str], architecture: Mapping[str, Any]) -> dict[s
 
 
 def modules_by_name(architecture: Mapping[str, Any]) -> dict[str, str]:
-    """Give the query projections that a base of this architecture may have by their flat names of both schemes."""
-    modules = _candidates(architecture)
+    """Give the query projections that a base of this architecture may have by their flat names of both schemes.
+
+    Raises:
+        AdapterError: when it is no architecture of a UNet, as in a damaged header.
+
+    """
+    try:
+        modules = _candidates(architecture)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise AdapterError(
+            f"{dict(architecture)} is no architecture of a UNet. The file is damaged."
+        ) from None
     schemes: tuple[Scheme, ...] = (
         SCHEMES if isinstance(architecture["layers_per_block"], int) else ("diffusers",)
     )
@@ -65,6 +76,8 @@ def _candidates(architecture: Mapping[str, Any]) -> list[str]:
     levels = range(len(architecture["block_out_channels"]))
     layers = range(_largest(architecture["layers_per_block"]) + 1)  # going up a level has one more
     blocks = range(_largest(architecture["transformer_layers_per_block"]))
+    if max(len(levels), len(layers), len(blocks)) > _MOST:
+        raise ValueError("too many")
     attentions = ["mid_block.attentions.0"]
     attentions += [
         f"{side}_blocks.{level}.attentions.{layer}"

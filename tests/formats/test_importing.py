@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tav_peft.adapter import LATENTS
+from tav_peft.errors import AdapterError
 from tav_peft.formats import diffusers, importing, kohya, lycoris, peft
 from tav_peft.formats.image_part import as_dense, image_part
 from tav_peft.unet.attaching import Attachments
@@ -94,3 +95,24 @@ def test_an_update_in_double_precision_stays_so(make_adapter, noise, tmp_path):
         back = importing.read(WRITERS[to](adapter, tmp_path)).adapter
         assert back.tensors[name].dtype == torch.float64
         assert torch.equal(back.tensors[name], adapter.tensors[name])
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {},
+        {"layers_per_block": "two"},
+        {"layers_per_block": 10**9},
+        {"block_out_channels": 3},
+        {"layers_per_block": []},
+    ],
+    ids=str,
+)
+def test_a_header_with_an_impossible_architecture_is_refused(architecture, make_adapter, tmp_path):
+    adapter = make_adapter("lite")
+    base = adapter.provenance.base
+    given = {**base.architecture, **architecture} if architecture else {}
+    odd = adapter.provenance.model_copy(update={"base": base.model_copy(update={"architecture": given})})
+    file = kohya.write(dataclasses.replace(adapter, provenance=odd), tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="is no architecture of a UNet"):
+        importing.read(file)
