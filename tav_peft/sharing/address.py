@@ -19,7 +19,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from huggingface_hub import constants
 
 from tav_peft.errors import AdapterError
-from tav_peft.tensor_file import FileTensors
 from tav_peft.whole import whole
 
 LIMIT = 4_000_000_000  # bytes; a dense adapter of SDXL in fp32 stays below
@@ -104,6 +103,9 @@ def _conditions(place: Path) -> dict[str, str]:
 
 def _keep(answer: Any, address: str, place: Path) -> Path:
     """Write what is answered into the cache, if it is a whole safetensors file."""
+    # brings torch, which a name on the hub does without
+    from tav_peft.tensor_file import FileTensors
+
     told = answer.headers.get("Content-Length") or ""
     size = int(told) if told.isdecimal() else None
     if size is not None and size > LIMIT:

@@ -66,3 +66,8 @@ def test_a_shell_that_completes_a_command_downloads_nothing(hub):
     for name in ("ann/square", f"{hub.address}/files/square.safetensors"):
         command.make_context("info", [name], resilient_parsing=True)
     assert hub.asked == []
+
+
+def test_a_name_on_the_hub_needs_no_torch():
+    code = "import sys; import tav_peft.sharing.fetching; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
