@@ -49,8 +49,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     )  # fmt: skip
     for note in made.notes:
         console.say(note)
-    commit = None if upload is None else hub.upload(output, upload, private=private)
-    if commit is not None:
+    commit = None
+    if upload is not None:
+        console.say(f"{output} is written, and goes to {upload}.")
+        commit = hub.upload(output, upload, private=private)
         console.say(f"Uploaded: {commit}")
     details = {"folder": output, "files": made.files, "notes": made.notes, "commit": commit}
     console.report([output], details, as_json)

@@ -155,7 +155,7 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     peft_config: Mapping[str, Any] | None
     provenance: Provenance
-    preview: bytes | None = None
+    preview: bytes | None = dataclasses.field(default=None, repr=False)
 
     @property
     def subset(self) -> Subset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterable
@@ -60,6 +61,8 @@ def download(name: str, revision: str | None = None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise AdapterError(_absence(name, revision, error)) from None
     except _FAILURES as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:  # nothing of the hub's
+            raise
         return _from_cache(api, name, revision, error)
     return _adapter_in(Path(folder), name, revision)
 

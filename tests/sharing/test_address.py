@@ -153,7 +153,7 @@ def test_redirects_are_followed_to_https_alone(hub, at, data):
     assert fetch(f"{hub.address}/files/old.safetensors").read_bytes() == data
     for bad in ("http://example.org/a.safetensors", "file:///etc/passwd", "ftp://127.0.0.1/a"):
         hub.redirect["old.safetensors"] = bad
-        with pytest.raises(AdapterError):
+        with pytest.raises(AdapterError, match=r"Give an https address\."):
             fetch(f"{hub.address}/files/old.safetensors?{bad}")
     redirects = address._Redirects()
     secure = address.Request("https://example.org/a")

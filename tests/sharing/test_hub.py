@@ -1,5 +1,6 @@
 """Adapters by their names on the hub: what is downloaded, what is not, and without a network."""
 
+import errno
 import logging
 from pathlib import Path
 
@@ -152,3 +153,14 @@ def test_a_pipeline_loads_an_adapter_by_name(hub, data, adapter, pipe, caplog):
     hub.add("ann/square", {"square.safetensors": data})
     assert pipe.load_adapter("ann/square").fingerprint == adapter.fingerprint
     assert pipe.adapters == ["default"]
+
+
+def test_a_full_disk_is_not_taken_for_a_hub_that_does_not_answer(hub, data, monkeypatch):
+    hub.add("ann/square", {"square.safetensors": data})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        fetch("ann/square")
