@@ -151,9 +151,13 @@ def test_no_network_is_said_with_what_to_do(hub, at):
 def test_redirects_are_followed_to_https_alone(hub, at, data):
     hub.redirect["old.safetensors"] = at
     assert fetch(f"{hub.address}/files/old.safetensors").read_bytes() == data
-    for bad in ("http://example.org/a.safetensors", "file:///etc/passwd", "ftp://127.0.0.1/a"):
+    for bad, said in (
+        ("http://example.org/a.safetensors", r"Give an https address\."),
+        ("ftp://127.0.0.1/a", r"Give an https address\."),
+        ("file:///etc/passwd", "is refused with status 302"),
+    ):
         hub.redirect["old.safetensors"] = bad
-        with pytest.raises(AdapterError, match=r"Give an https address\."):
+        with pytest.raises(AdapterError, match=said):
             fetch(f"{hub.address}/files/old.safetensors?{bad}")
     redirects = address._Redirects()
     secure = address.Request("https://example.org/a")
