@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tav_peft.adapter import LATENTS
+from tav_peft.adapter import LATENTS, ProbeInfo
 from tav_peft.errors import AdapterError
 from tav_peft.formats import diffusers, importing, kohya, lycoris, peft
 from tav_peft.formats.image_part import as_dense, image_part
@@ -62,7 +62,11 @@ def test_rslora_and_patterns_come_back(to, uneven, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_part_without_t_attn_is_the_adapters_own(preset, make_adapter):
     adapter = make_adapter(preset, dtype=torch.float16)
-    kept = image_part(dataclasses.replace(adapter, tensors={**adapter.tensors, LATENTS: torch.zeros(1)}))
+    probe = ProbeInfo(name="probe-1", precision="fp32", device="cpu", values=(0.5,), mean=0.1, std=1.0)
+    info = adapter.provenance.model_copy(update={"probe": probe})
+    tensors = {**adapter.tensors, LATENTS: torch.zeros(1)}
+    kept = image_part(dataclasses.replace(adapter, tensors=tensors, provenance=info))
+    assert kept.provenance.probe is None
     assert sorted(kept.tensors) == sorted(name for name in adapter.tensors if ".attn_temp." not in name)
     assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in kept.tensors.items())
     ours, theirs = Updates(adapter, "it"), Updates(kept, "it")

@@ -313,6 +313,17 @@ def test_forms_may_be_mixed_and_are_multiplied_out_then(factors, pipe, noise, tm
     assert_updates(made.adapter, expected | {ONE: noise(32, 32).half()})
 
 
+def test_a_lokr_of_whole_factors_has_no_scale_whatever_alpha_says(queries, pipe, noise, tmp_path):
+    tensors, expected = {}, {}
+    for name, (rows, columns) in queries.items():
+        w1, w2 = noise(4, 2), noise(rows // 4, columns // 2, seed=1)
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{flat}.lokr_w1": w1, f"{flat}.lokr_w2": w2, f"{flat}.alpha": torch.tensor(0.25)}
+        expected[name] = torch.kron(w1, w2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_updates(importing.read(tmp_path / "a.safetensors", pipe).adapter, expected)
+
+
 def test_doras_formula_is_its_papers(noise):
     W, update, m = noise(3, 2).double(), noise(3, 2, seed=1).double(), noise(3, seed=2).double()
     V = W + update
