@@ -5,15 +5,18 @@ import itertools
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter
 from tav_peft.errors import AdapterError
+from tav_peft.formats import peft
 from tav_peft.merging import merge
 from tav_peft.tools.comparing import compare
 from tav_peft.tools.ranks import RankRule
 from tav_peft.tools.resizing import resize, resize_file
-from tav_peft.unet.inflation import is_temporal
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.inflation import inflate, is_temporal
 from tav_peft.updates import Updates
 
 
@@ -246,3 +249,20 @@ def test_the_clips_preview_is_kept(make_adapter, tmp_path):
     given = dataclasses.replace(make_adapter(), preview=b"RIFF\x04\x00\x00\x00WEBP")
     made, _ = resize(given, RankRule(1))
     assert made.preview == given.preview
+
+
+@pytest.mark.parametrize("preset", ["hybrid", "lite"])
+def test_stock_peft_computes_the_same_with_different_ranks(preset, make_adapter, flat, noise, tmp_path):
+    made, report = resize(make_adapter("paper"), RankRule(energy=0.7), preset=preset)
+    assert len({each.rank for each in report.updates if each.rank}) > 1
+    ours, theirs = (
+        inflate(flat),
+        PeftModel.from_pretrained(inflate(flat), peft.write(made, tmp_path / "peft")),
+    )
+    inputs = noise(1, 4, 3, 8, 8), 500, noise(1, 24, 32)
+    with torch.no_grad():
+        plain = ours(*inputs).sample
+        Attachments(ours).attach("it", made)
+        attached = ours(*inputs).sample
+        assert (attached - plain).abs().max() > 0.01
+        torch.testing.assert_close(theirs(*inputs).sample, attached, rtol=0, atol=1e-6)
