@@ -129,6 +129,14 @@ def operations(folder: Path) -> dict[str, tuple[Callable[[], object], Path, Path
     return found
 
 
+def clear(path: Path) -> None:
+    """Remove what an operation is to write, and let the disk finish, so that no operation pays for another."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    os.sync()
+
+
 def size(path: Path) -> float:
     """Give the megabytes of a file, or of a folder's files."""
     files = [path] if path.is_file() else path.rglob("*.safetensors")
@@ -162,13 +170,12 @@ def main() -> None:
     # in turns, so that what else the machine does falls on all alike; the first turn warms up
     for turn in range(options.runs + 1):
         for name, (run, source, to) in todo.items():
-            if to.is_dir():
-                shutil.rmtree(to)
+            clear(to)
             began = time.perf_counter()
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-            sizes[name] = size(source), size(to)
+            sizes[name] = size(source), size(to) if to.exists() else 0.0
     median = {name: statistics.median(each) for name, each in seconds.items()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="") as file:
