@@ -7,7 +7,15 @@ PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
     ("demo", "tools", "baking"),
-    ("tuning", "report", "reconstruction", "merging", "verification", "sharing.bundling", "sharing.publishing"),
+    (
+        "tuning",
+        "report",
+        "reconstruction",
+        "merging",
+        "verification",
+        "sharing.bundling",
+        "sharing.publishing",
+    ),
     ("sharing.card",),
     ("pipeline",),
     ("loading",),
