@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from tav_peft.formats.image_part import LeftOut
 
 _FORMATS = (
-    "peft (a folder that stock PEFT loads), official (a whole model that the original code loads); and for image tools, "
-    "with the query projections only: diffusers (pytorch_lora_weights.safetensors), kohya (a LoRA for A1111, ComfyUI and "
+    "peft (a folder that stock PEFT loads); as whole models official (for the original code) and inflated (which --base "
+    "takes); and for image tools, with the query projections only: diffusers (pytorch_lora_weights.safetensors), kohya (a LoRA for A1111, ComfyUI and "
     "sd-scripts), lycoris (full-rank .diff updates)."
 )
-_BASE = "For official, the base to write with the adapter. Not given: the one it was tuned on."
+_BASE = "For official and inflated, the base to write with the adapter. Not given: the one it was tuned on."
 _KEYS = "For kohya and lycoris: names by diffusers' modules (diffusers, if not given) or latent diffusion's (ldm)."
 
 

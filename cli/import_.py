@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from tav_peft.formats.official import Imported
 
 _PATH = (
-    "A LoRA of diffusers, kohya's tools or PEFT, a LoHa, LoKr or full-rank update of LyCORIS; or a run of the original "
-    "code: its output folder, its unet, a checkpoint-N, or a .pth of the LOVEU-TGVE code. It is told by its tensors."
+    "A LoRA of diffusers, kohya's tools or PEFT, a LoHa, LoKr or full-rank update of LyCORIS; an inflated checkpoint; "
+    "or a run of the original code: its output folder, its unet, a checkpoint-N, or a .pth of the LOVEU-TGVE code. It is "
+    "told by its tensors."
 )
 _BASE = "What it was tuned on: a folder, a file, or a hub id. Files that tav export wrote say it themselves."
 

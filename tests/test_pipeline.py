@@ -178,7 +178,13 @@ def test_the_fixed_point_comes_back_nearer_than_ddim_and_tells_its_passes(which,
 def test_a_model_of_velocity_inverts_as_the_model_of_noise_that_it_is_made_of(pipe, clip, monkeypatch):
     """v = sqrt(a) e - sqrt(1 - a) x0 of the same UNet: another output, the same denoiser."""
     # to the end, where it does not matter any more whether the noise or the velocity of a guess was taken
-    exactly = {"num_inference_steps": 300, "depth": 0.01, "method": "fixed_point", "iterations": 30, "tolerance": 1e-6}
+    exactly = {
+        "num_inference_steps": 300,
+        "depth": 0.01,
+        "method": "fixed_point",
+        "iterations": 30,
+        "tolerance": 1e-6,
+    }
     noise, exact = pipe.invert(clip, num_inference_steps=10), pipe.invert(clip, **exactly)
     alphas, forward = pipe.scheduler.alphas_cumprod, pipe.unet.forward
 
@@ -193,9 +199,7 @@ def test_a_model_of_velocity_inverts_as_the_model_of_noise_that_it_is_made_of(pi
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     right = pipe.invert(clip, num_inference_steps=10)
     assert right.info["prediction_type"] == "v_prediction"
-    torch.testing.assert_close(
-        pipe.invert(clip, **exactly).trajectory, exact.trajectory, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(pipe.invert(clip, **exactly).trajectory, exact.trajectory, rtol=0, atol=1e-5)
     assert (wrong.trajectory[-1] - noise.trajectory[-1]).abs().max() > 0.5
     errors = [
         (pipe("", inversion=one, guidance_scale=1).latents - one.clean).abs().mean() for one in (right, wrong)
