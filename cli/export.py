@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _FORMATS = (
     "peft (a folder that stock PEFT loads); as whole models official (for the original code) and inflated (which --base "
-    "takes); and for image tools, with the query projections only: diffusers (pytorch_lora_weights.safetensors), kohya (a "
-    "LoRA for A1111, ComfyUI and sd-scripts), lycoris (full-rank .diff updates)."
+    "takes); and for image tools, with the query projections only: diffusers (pytorch_lora_weights.safetensors), kohya "
+    "(a LoRA for A1111, ComfyUI and sd-scripts), lycoris (full-rank .diff updates)."
 )
 _BASE = "For official and inflated, the base to write with the adapter. Not given: the one it was tuned on."
 _KEYS = "For kohya and lycoris: names by diffusers' modules (diffusers, if not given) or latent diffusion's (ldm)."
