@@ -22,7 +22,8 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "t_attn": ("attn_temp.to_q", "attn_temp.to_k", "attn_temp.to_v", "attn_temp.to_out.0"),
 }
 BLOCKS: dict[Block, str] = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-_DENSE: dict[Preset, frozenset[Part]] = {
+# which parts of a preset are dense; the others are LoRAs
+PRESETS: dict[Preset, frozenset[Part]] = {
     "paper": frozenset(PARTS),
     "hybrid": frozenset({"t_attn"}),
     "lite": frozenset(),
@@ -39,7 +40,7 @@ class Subset:
 
     def __post_init__(self) -> None:
         for given, allowed, what in (
-            ([self.preset], _DENSE, "preset"),
+            ([self.preset], PRESETS, "preset"),
             (self.parts, PARTS, "part"),
             (self.blocks, BLOCKS, "block group"),
         ):
@@ -52,12 +53,12 @@ class Subset:
     @property
     def lora_parts(self) -> tuple[Part, ...]:
         """Parts whose update is a LoRA."""
-        return tuple(part for part in self.parts if part not in _DENSE[self.preset])
+        return tuple(part for part in self.parts if part not in PRESETS[self.preset])
 
     @property
     def dense_parts(self) -> tuple[Part, ...]:
         """Parts whose update is stored whole."""
-        return tuple(part for part in self.parts if part in _DENSE[self.preset])
+        return tuple(part for part in self.parts if part in PRESETS[self.preset])
 
     def lora_modules(self, names: Iterable[str]) -> list[str]:
         """Those of an inflated UNet's module names that carry a LoRA, in order."""

@@ -47,7 +47,7 @@ from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
 from tav_peft.recipe import Recipe
 from tav_peft.unet import temporal_init
-from tav_peft.unet.inflation import is_temporal
+from tav_peft.unet.inflation import InflatedUNet, inflate, is_temporal
 from tav_peft.video.clip import Clip
 
 diffusers.utils.logging.disable_progress_bar()
@@ -212,6 +212,24 @@ def v_pipe(v_base) -> TuneAVideoPipeline:
 def flat(base) -> UNet2DConditionModel:
     """The 2-D UNet of the tiny base."""
     return UNet2DConditionModel.from_pretrained(base / "unet").eval()
+
+
+@pytest.fixture
+def unet(flat) -> InflatedUNet:
+    """The tiny base's UNet, inflated."""
+    return inflate(flat)
+
+
+@pytest.fixture
+def run(unet, noise) -> Callable[..., Tensor]:
+    """Run an inflated UNet, that of `unet` if no other is given, on fixed latents of three frames."""
+    inputs = noise(1, 4, 3, 8, 8), 500, noise(1, 24, 32)
+
+    def forward(model: InflatedUNet = unet) -> Tensor:
+        with torch.no_grad():
+            return model(*inputs).sample
+
+    return forward
 
 
 @pytest.fixture

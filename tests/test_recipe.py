@@ -156,7 +156,7 @@ def test_recipes_and_presets_name_the_same_things():
 
     assert set(get_args(recipes.Part)) == set(presets.PARTS)
     assert set(get_args(recipes.Block)) == set(presets.BLOCKS)
-    assert set(get_args(recipes.Preset)) == set(get_args(presets.Preset))
+    assert set(get_args(recipes.Preset)) == set(presets.PRESETS)
 
 
 # reading ------------------------------------------------------------------------------------------------

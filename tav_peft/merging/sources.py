@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -117,14 +116,10 @@ def _check_together(opened: Sequence[Updates], settings: MergeSettings) -> None:
                 )
         if theirs.model != first.model:
             raise AdapterError(
-                f"{opened[0].name} was tuned with {_words(first.model)}, {other.name} with {_words(theirs.model)}. "
+                f"{opened[0].name} was tuned with {first.model}, {other.name} with {theirs.model}. "
                 "A UNet treats frames one way at a time; only adapters of the same variant can be merged."
             )
     _check_temporal([each for each in opened if "t_attn" in each.adapter.subset.parts], settings)
-
-
-def _words(variant: Iterable[tuple[str, Any]]) -> str:
-    return " and ".join(f"{name} {value}" for name, value in variant)
 
 
 def _check_temporal(opened: Sequence[Updates], settings: MergeSettings) -> None:

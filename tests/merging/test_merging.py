@@ -26,22 +26,6 @@ MODULE = "mid_block.attentions.0.transformer_blocks.0"
 ELEMENTWISE = ["ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
 
 
-@pytest.fixture
-def unet(flat):
-    return inflate(flat)
-
-
-@pytest.fixture
-def run(unet, noise):
-    inputs = noise(1, 4, 3, 8, 8), 500, noise(1, 24, 32)
-
-    def forward(model=unet):
-        with torch.no_grad():
-            return model(*inputs).sample
-
-    return forward
-
-
 def deltas(adapter):
     """The updates of an adapter by the UNet's parameter, from its tensors by the definition of each form."""
     config, tensors, result = adapter.peft_config or {}, adapter.weights, {}

@@ -17,22 +17,6 @@ PRESETS = ["paper", "hybrid", "lite"]
 MODULE = "mid_block.attentions.0.transformer_blocks.0"
 
 
-@pytest.fixture
-def unet(flat):
-    return inflate(flat)
-
-
-@pytest.fixture
-def run(unet, noise):
-    inputs = noise(1, 4, 3, 8, 8), 500, noise(1, 24, 32)
-
-    def forward(model=unet):
-        with torch.no_grad():
-            return model(*inputs).sample
-
-    return forward
-
-
 def snapshot(unet):
     """Everything about a UNet's parameters that a user can see: names in order, bits, storage, flags, kinds."""
     state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
