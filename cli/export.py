@@ -41,7 +41,7 @@ def command(
         raise BadParameter(f"{to} has nothing of the base in it. Leave it out.", param_hint="--base")
     naming = _naming(to, keys)
     check_free(output, overwrite)
-    tuned = formats.open_adapter(adapter) if to in formats.IMAGE_FORMATS else formats.read(adapter)
+    tuned = formats.read(adapter) if to in formats.MODEL_FORMATS else formats.open_adapter(adapter)
     if to in formats.MODEL_FORMATS:
         pipe = options.open_base(base or tuned.provenance.base.name, "cpu", "fp32")
         written = formats.MODEL_FORMATS[to].write(tuned, output, pipe)

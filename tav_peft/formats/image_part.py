@@ -117,13 +117,13 @@ def loras(adapter: Adapter) -> list[Query]:
         rank = updates.rank(parameter)
         if rank is not None:
             a, b = (f"{module}.lora_{kind}.weight" for kind in "AB")
-            read = _reader(adapter, a), _reader(adapter, b)
+            read = reader(adapter, a), reader(adapter, b)
             found.append(Query(module, rank, updates.alpha(parameter), (layout[a], layout[b]), *read))
         else:
             dense = layout[f"{module}.diff"]
             width = dense.shape[1]
             identity = torch.empty(width, width, dtype=dense.dtype, device="meta")
-            read = _identity(width, dense.dtype), _reader(adapter, f"{module}.diff")
+            read = eye_of(width, dense.dtype), reader(adapter, f"{module}.diff")
             found.append(Query(module, width, width, (identity, dense), *read))
     return found
 
@@ -186,7 +186,8 @@ def _as_json(subset: Subset) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(subset).items()}
 
 
-def _reader(adapter: Adapter, name: str) -> Callable[[], Tensor]:
+def reader(adapter: Adapter, name: str) -> Callable[[], Tensor]:
+    """Give what reads one of the adapter's tensors, and refuses it where it is not finite."""
     return lambda: check_values(name, adapter.tensors[name], "the adapter")
 
 
@@ -202,5 +203,6 @@ def _product(updates: Updates, parameter: str, dtype: torch.dtype) -> Callable[[
     return make
 
 
-def _identity(width: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def eye_of(width: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Give what makes an identity matrix."""
     return lambda: torch.eye(width, dtype=dtype)

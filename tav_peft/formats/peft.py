@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tav_peft.adapter import Adapter, check_tensors, parse_config, parse_provenance, split_name
+from tav_peft.adapter import LATENTS, Adapter, check_tensors, parse_config, parse_provenance, split_name
 from tav_peft.errors import AdapterError
+from tav_peft.formats.image_part import MadeTensors, eye_of, reader
 from tav_peft.presets import json_config
-from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.tensor_file import layout_of, read_tensors, write_tensors
 from tav_peft.whole import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,14 +30,14 @@ def write(adapter: Adapter, path: Path) -> Path:
         AdapterError: when the adapter has no part that PEFT's LoRA can name, or the disk refuses.
 
     """
-    tensors, config = _as_lora(adapter)
+    makers, config = _as_lora(adapter)
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{path} is a file; a PEFT adapter is a folder. Give another name.")
     provenance = json.dumps(adapter.provenance.model_dump(mode="json"), sort_keys=True)
     own = json.dumps(adapter.peft_config, sort_keys=True)
     header = {"format": "pt", "tav_peft": provenance, "peft_config": own}
-    named = {_PREFIX + name: tensor for name, tensor in tensors.items()}
-    write_tensors(path / WEIGHTS, named, header, hashed=True)
+    named = {_PREFIX + name: maker for name, maker in makers.items()}
+    write_tensors(path / WEIGHTS, MadeTensors(named), header, hashed=True)
     with whole(path / CONFIG, AdapterError) as part:
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
@@ -71,27 +73,29 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     return _as_lora(adapter)[1]
 
 
-def _as_lora(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _as_lora(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Callable[[], Tensor]]], dict[str, Any]]:
+    """Give what makes each tensor, with its shape and dtype, and the config."""
     if adapter.provenance.temporal_branches > 1:
         raise AdapterError(
             f"This adapter has {adapter.provenance.temporal_branches} temporal attentions side by side, which stock PEFT "
             "has no place for. Keep the .safetensors file."
         )
-    if adapter.peft_config is not None:
-        return adapter.weights, {
-            **adapter.peft_config,
-            "base_model_name_or_path": adapter.provenance.base.name,
-        }
-    tensors: dict[str, Tensor] = {}
+    makers: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
     ranks: dict[str, int] = {}
-    for name, tensor in adapter.weights.items():
+    layout = {name: like for name, like in layout_of(adapter.tensors).items() if name != LATENTS}
+    for name, like in layout.items():
         module, kind = split_name(name)
+        made = like, reader(adapter, name)
         if kind == "diff":
-            tensors[f"{module}.lora_B.weight"] = tensor
-            tensors[f"{module}.lora_A.weight"] = torch.eye(tensor.shape[1], dtype=tensor.dtype)
-            ranks[module] = tensor.shape[1]
+            rank = like.shape[1]
+            A = torch.empty(rank, rank, dtype=like.dtype, device="meta")
+            makers[f"{module}.lora_B.weight"] = made
+            makers[f"{module}.lora_A.weight"] = A, eye_of(rank, like.dtype)
+            ranks[module] = rank
         else:
-            tensors[name] = tensor
+            makers[name] = made
+    if adapter.peft_config is not None:
+        return makers, {**adapter.peft_config, "base_model_name_or_path": adapter.provenance.base.name}
     if not ranks:
         raise AdapterError(
             "This adapter is a dense T-Attn alone, which a LoRA config cannot name without a LoRA beside it. "
@@ -99,10 +103,10 @@ def _as_lora(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     subset = adapter.subset
     queries = type(subset)("hybrid", subset.parts, subset.blocks)
-    config = queries.peft_config([split_name(name)[0] for name in adapter.weights], rank=1, alpha=1)
+    config = queries.peft_config([split_name(name)[0] for name in layout], rank=1, alpha=1)
     assert config is not None
     plain = {**json_config(config), "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
-    return tensors, {**plain, "base_model_name_or_path": adapter.provenance.base.name}
+    return makers, {**plain, "base_model_name_or_path": adapter.provenance.base.name}
 
 
 def _as_dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

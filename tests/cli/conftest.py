@@ -193,6 +193,7 @@ def library(monkeypatch, tmp_path) -> Library:
     writer = SimpleNamespace(write=fake.write)
     formats = {
         "read": fake.read, "FORMATS": {"peft": writer}, "MODEL_FORMATS": {"official": writer}, "IMAGE_FORMATS": (),
+        "open_adapter": fake.read,
         "left_out": lambda _adapter, _to: [],
         "official": SimpleNamespace(read=fake.read_official),
         "importing": SimpleNamespace(OFFICIAL="official", recognise=lambda _path: "official"),
