@@ -42,6 +42,7 @@ class BaseModelInfo(_Section):
     fingerprint: str  # SHA-256 of its query projections in half precision
     architecture: dict[str, Any]
     prediction_type: str = "epsilon"
+    license: str | None = None  # that its model card states
 
 
 class ClipInfo(_Section):

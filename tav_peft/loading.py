@@ -45,6 +45,12 @@ class AdapterLoading(TextualInversionLoaderMixin):  # type: ignore[misc]
         location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
         return bases.name_of(location) if location else "unnamed"
 
+    @property
+    def base_license(self) -> str | None:
+        """Licence of the base as its model card states it."""
+        location = self.config.get("_name_or_path")
+        return bases.license_of(location) if location else None
+
     @functools.cached_property
     def base_fingerprint(self) -> str:
         """Hash of the base's query projections; taken before the first adapter changes them, then kept."""

@@ -248,9 +248,10 @@ def _provenance(
     pipe: TuneAVideoPipeline, clip: Clip, prompt: str, recipe: Recipe, subset: Subset
 ) -> Provenance:
     seed = pipe.unet.temporal_seed
-    if seed is None:
+    if seed is None or pipe.unet.temporal_tuned:
         raise TuningError(
-            "This UNet's T-Attn did not start from a known seed. Load the base anew, or inflate it again."
+            "This UNet's T-Attn is tuned already, or did not start from a known seed, and the adapter's would count from "
+            "its initial weights. Load the base that it was made from, or inflate it again."
         )
     return Provenance(
         caption=prompt,
@@ -259,6 +260,7 @@ def _provenance(
             fingerprint=pipe.base_fingerprint,
             architecture=bases.architecture(pipe.unet),
             prediction_type=pipe.scheduler.config.prediction_type,
+            license=pipe.base_license,
         ),
         clip=ClipInfo(
             name=clip.name,

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from tav_peft.adapter import Adapter
 from tav_peft.baking import HEADER, bake, bake_image
-from tav_peft.errors import AdapterError, BaseModelError
+from tav_peft.errors import AdapterError, BaseModelError, TuningError
 from tav_peft.formats import official
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.recipe import Recipe
 from tav_peft.tensor_file import FileTensors
+from tav_peft.tuning import tune
 from tav_peft.unet.inflation import is_temporal
 from tav_peft.updates import Updates
 
@@ -94,6 +96,13 @@ def test_a_tuned_checkpoint_takes_no_other_t_attn_but_other_queries(pipe, make_a
     with pytest.raises(AdapterError, match="T-Attn is tuned already"):
         loaded.load_adapter(make_adapter("lite", seed=1))
     loaded.load_adapter(make_adapter("lite", seed=1, parts=("st_attn", "cross_attn")))
+
+
+def test_a_tuned_checkpoint_is_not_tuned_again(pipe, make_adapter, clip, tmp_path):
+    bake([make_adapter("lite")], pipe, tmp_path / "baked")
+    loaded = TuneAVideoPipeline.from_pretrained(tmp_path / "baked")
+    with pytest.raises(TuningError, match="T-Attn is tuned already"):
+        tune(loaded, clip, "a square", Recipe.load("pocket").override(["training.steps=1"]))
 
 
 def test_a_tuned_checkpoint_that_is_saved_again_is_the_same(pipe, make_adapter, tmp_path):

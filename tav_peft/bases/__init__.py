@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from yaml import YAMLError
 
 from tav_peft.errors import BaseModelError
 
@@ -75,6 +76,17 @@ def name_of(location: str) -> str:
     if path == _POCKET_FOLDER:
         return POCKET
     return path.resolve().name if path.exists() else location
+
+
+def license_of(location: str) -> str | None:
+    """Give the licence that a base's model card states; None where there is no card on this disk, or it states none."""
+    folder = Path(location)
+    card = folder.parent / "MODEL_CARD.md" if folder == _POCKET_FOLDER else folder / "README.md"
+    try:
+        stated = ModelCard.load(card).data.to_dict().get("license")
+    except (OSError, ValueError, YAMLError):
+        return None
+    return stated if isinstance(stated, str) else None
 
 
 def architecture(unet: UNet2DConditionModel) -> dict[str, Any]:

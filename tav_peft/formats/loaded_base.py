@@ -31,6 +31,11 @@ class LoadedBase(Protocol):
         ...
 
     @property
+    def base_license(self) -> str | None:
+        """Licence of the base as its model card states it."""
+        ...
+
+    @property
     def base_fingerprint(self) -> str:
         """Hash of the base's query projections."""
         ...

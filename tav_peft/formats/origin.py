@@ -61,6 +61,7 @@ def imported_from(
             fingerprint=base.base_fingerprint,
             architecture=bases.architecture(base.unet),
             prediction_type=base.scheduler.config.prediction_type,
+            license=base.base_license,
         ),
         clip=clip,
         temporal_init=TemporalInit(
