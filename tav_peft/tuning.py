@@ -18,17 +18,15 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from tav_peft import bases
-from tav_peft.adapter import LATENTS, Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
+from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
+from tav_peft.formats.origin import base_info, initial_temporal
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
 from tav_peft.recipe import Recipe, TrainingSection
 from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
-from tav_peft.unet import temporal_init
-from tav_peft.unet.attaching import temporal_fingerprint
 from tav_peft.unet.probe import probed
 from tav_peft.unet.trainable import Trainable, trainable
 from tav_peft.video.clip import Clip
@@ -247,21 +245,14 @@ def _checkpointing(pipe: TuneAVideoPipeline, on: bool) -> Iterator[None]:
 def _provenance(
     pipe: TuneAVideoPipeline, clip: Clip, prompt: str, recipe: Recipe, subset: Subset
 ) -> Provenance:
-    seed = pipe.unet.temporal_seed
-    if seed is None or pipe.unet.temporal_tuned:
+    if pipe.unet.temporal_seed is None or pipe.unet.temporal_tuned:
         raise TuningError(
             "This UNet's T-Attn is tuned already, or did not start from a known seed, and the adapter's would count from "
             "its initial weights. Load the base that it was made from, or inflate it again."
         )
     return Provenance(
         caption=prompt,
-        base=BaseModelInfo(
-            name=pipe.base_name,
-            fingerprint=pipe.base_fingerprint,
-            architecture=bases.architecture(pipe.unet),
-            prediction_type=pipe.scheduler.config.prediction_type,
-            license=pipe.base_license,
-        ),
+        base=base_info(pipe),
         clip=ClipInfo(
             name=clip.name,
             fingerprint=clip.fingerprint,
@@ -272,9 +263,7 @@ def _provenance(
             indices=clip.indices,
             fit=recipe.clip.fit,
         ),
-        temporal_init=TemporalInit(
-            name=temporal_init.NAME, seed=seed, fingerprint=temporal_fingerprint(pipe.unet, seed)
-        ),
+        temporal_init=initial_temporal(pipe),
         model=recipe.model,
         subset=dataclasses.asdict(subset),
         step=0,

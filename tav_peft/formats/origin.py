@@ -42,6 +42,24 @@ def check_base(base: LoadedBase) -> None:
         )
 
 
+def base_info(base: LoadedBase) -> BaseModelInfo:
+    """Describe a base for the header of an adapter of it."""
+    return BaseModelInfo(
+        name=base.base_name,
+        fingerprint=base.base_fingerprint,
+        architecture=bases.architecture(base.unet),
+        prediction_type=base.scheduler.config.prediction_type,
+        license=base.base_license,
+    )
+
+
+def initial_temporal(base: LoadedBase) -> TemporalInit:
+    """Describe the initial T-Attn of a base, whose seed is known."""
+    seed = base.unet.temporal_seed
+    assert seed is not None
+    return TemporalInit(name=temporal_init.NAME, seed=seed, fingerprint=temporal_fingerprint(base.unet, seed))
+
+
 def imported_from(
     base: LoadedBase,
     subset: Subset,
@@ -52,21 +70,11 @@ def imported_from(
     step: int = 0,
 ) -> Provenance:
     """Describe an adapter that is imported on a base; its T-Attn, if any, counts from the base's initial weights."""
-    seed = base.unet.temporal_seed
-    assert seed is not None
     return Provenance(
         caption=caption,
-        base=BaseModelInfo(
-            name=base.base_name,
-            fingerprint=base.base_fingerprint,
-            architecture=bases.architecture(base.unet),
-            prediction_type=base.scheduler.config.prediction_type,
-            license=base.base_license,
-        ),
+        base=base_info(base),
         clip=clip,
-        temporal_init=TemporalInit(
-            name=temporal_init.NAME, seed=seed, fingerprint=temporal_fingerprint(base.unet, seed)
-        ),
+        temporal_init=initial_temporal(base),
         subset=dataclasses.asdict(subset),
         step=step,
         recipe=dict(recipe),

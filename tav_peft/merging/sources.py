@@ -83,8 +83,7 @@ def open_updates(given: Adapter | str | Path, name: str) -> Updates:
     if isinstance(given, Adapter):
         return _with_known_start(Updates(given, name))
     path = fetch(given)
-    adapter = formats.read(path) if path.is_dir() else Adapter.open(path)
-    return _with_known_start(Updates(adapter, path.name))
+    return _with_known_start(Updates(formats.open_adapter(path), path.name))
 
 
 def _with_known_start(updates: Updates) -> Updates:
