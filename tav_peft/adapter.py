@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class Derivation(_Section):
     name: str
     fingerprint: str = ""
     settings: dict[str, Any] = {}
+
+
+def library_versions() -> dict[str, str]:
+    """Give the versions of what an adapter is made with."""
+    return {name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")}
 
 
 class Provenance(_Section):

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance
+from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance, library_versions
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.formats.origin import base_info, initial_temporal
@@ -268,5 +267,5 @@ def _provenance(
         subset=dataclasses.asdict(subset),
         step=0,
         recipe=recipe.model_copy(update={"base": pipe.base_name}).model_dump(mode="json"),
-        versions={name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")},
+        versions=library_versions(),
     )

@@ -122,8 +122,8 @@ def loras(adapter: Adapter) -> list[Query]:
         else:
             dense = layout[f"{module}.diff"]
             width = dense.shape[1]
-            identity = torch.empty(width, width, dtype=dense.dtype, device="meta")
-            read = eye_of(width, dense.dtype), reader(adapter, f"{module}.diff")
+            identity, make = eye_of(width, dense.dtype)
+            read = make, reader(adapter, f"{module}.diff")
             found.append(Query(module, width, width, (identity, dense), *read))
     return found
 
@@ -203,6 +203,7 @@ def _product(updates: Updates, parameter: str, dtype: torch.dtype) -> Callable[[
     return make
 
 
-def eye_of(width: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Give what makes an identity matrix."""
-    return lambda: torch.eye(width, dtype=dtype)
+def eye_of(width: int, dtype: torch.dtype) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Give the shape and dtype of an identity matrix, as a tensor without storage, and what makes it."""
+    like = torch.empty(width, width, dtype=dtype, device="meta")
+    return like, lambda: torch.eye(width, dtype=dtype)

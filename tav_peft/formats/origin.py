@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from tav_peft import bases
-from tav_peft.adapter import BaseModelInfo, ClipInfo, Provenance, TemporalInit
+from tav_peft.adapter import BaseModelInfo, ClipInfo, Provenance, TemporalInit, library_versions
 from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.presets import Subset
@@ -78,5 +77,5 @@ def imported_from(
         subset=dataclasses.asdict(subset),
         step=step,
         recipe=dict(recipe),
-        versions={name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")},
+        versions=library_versions(),
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter, check_tensors, parse_config, parse_provenance, split_name
@@ -88,9 +87,8 @@ def _as_lora(adapter: Adapter) -> tuple[dict[str, tuple[Tensor, Callable[[], Ten
         made = like, reader(adapter, name)
         if kind == "diff":
             rank = like.shape[1]
-            A = torch.empty(rank, rank, dtype=like.dtype, device="meta")
             makers[f"{module}.lora_B.weight"] = made
-            makers[f"{module}.lora_A.weight"] = A, eye_of(rank, like.dtype)
+            makers[f"{module}.lora_A.weight"] = eye_of(rank, like.dtype)
             ranks[module] = rank
         else:
             makers[name] = made

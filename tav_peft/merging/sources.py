@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
 from tav_peft import formats
-from tav_peft.adapter import Adapter, ClipInfo, MergedAdapter, MergeInfo, Provenance, check_values
+from tav_peft.adapter import (
+    Adapter,
+    ClipInfo,
+    MergedAdapter,
+    MergeInfo,
+    Provenance,
+    check_values,
+    library_versions,
+)
 from tav_peft.errors import AdapterError
 from tav_peft.merging.plan import MergePlan, MergeSettings
 from tav_peft.merging.weights import Weight, check_rules, rules_of, weight_of
@@ -191,7 +198,7 @@ def provenance_of(sources: Sequence[Source], plan: MergePlan, info: MergeInfo) -
         subset=dataclasses.asdict(plan.subset),
         step=max(each.provenance.step for each in sources),
         recipe=first.recipe,
-        versions={name: version(name) for name in ("tav-peft", "torch", "diffusers", "peft")},
+        versions=library_versions(),
         merged_from=info,
         temporal_branches=plan.branches,
     )
