@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from tav_peft.tuning import TuningStep
+    from tav_peft.optimizing import TuningStep
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

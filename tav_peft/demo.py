@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tav_peft.errors import TavError
+from tav_peft.optimizing import TuningStep
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_report, write_sheet
 from tav_peft.trail import Trail
-from tav_peft.tuning import TuningStep, tune
+from tav_peft.tuning import tune
 from tav_peft.video.clip import Clip
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tav_peft.errors import TuningError
+from tav_peft.errors import AdapterError, TuningError
 from tav_peft.tensor_file import read_tensors, write_tensors
 from tav_peft.whole import whole
 
@@ -34,6 +34,11 @@ class Trail:
         return self.folder / "resume.safetensors"
 
     @property
+    def lock(self) -> Path:
+        """File that a running tuning holds a lock on."""
+        return self.output.with_name(f".{self.output.stem}.lock")
+
+    @property
     def plot(self) -> Path:
         """Picture of the loss."""
         return self.output.with_name(self.output.stem + ".loss.png")
@@ -42,54 +47,40 @@ class Trail:
         """File of the adapter as it was after a step."""
         return self.folder / f"step-{step:05d}.safetensors"
 
-    def save_state(
-        self,
-        key: str,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        drawn: Tensor,
-        losses: Sequence[float],
-    ) -> None:
-        """Write everything the next step depends on, `drawn` being the generator's state; no pickle."""
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "generator": drawn}
-        for name, parameter in parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-        write_tensors(self.state, tensors, {"key": key})
+    def save_state(self, key: str, state: Mapping[str, Tensor]) -> None:
+        """Write everything the next step depends on; no pickle. `key` is the hash of the settings."""
+        write_tensors(self.state, state, {"key": key}, hashed=True)
 
-    def load_state(
-        self,
-        key: str,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
-    ) -> list[float]:
-        """Put the saved state back, and return the losses so far; no saved state leaves all as it is.
+    def load_state(self, key: str) -> dict[str, Tensor] | None:
+        """Read the saved state; None where there is none.
 
         Raises:
-            TuningError: when the state belongs to other settings.
+            TuningError: when the state belongs to other settings, or is damaged.
 
         """
         if not self.state.exists():
-            return []
-        tensors, metadata = read_tensors(self.state)
+            return None
+        try:
+            tensors, metadata = read_tensors(self.state)
+        except AdapterError as error:
+            raise self.refusal(str(error)) from None
         if metadata.get("key") != key:
             raise TuningError(
                 f"{self.folder} holds an unfinished tuning with other settings (recipe, caption, clip or base). "
                 "Finish it with its own settings, choose another output, or start over with --restart."
             )
-        losses: list[float] = tensors["losses"].tolist()
-        generator.set_state(tensors["generator"])
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(len(losses))),
-                    "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
-                }
-        return losses
+        return tensors
+
+    def refusal(self, reason: str) -> TuningError:
+        """Say that the saved state cannot be gone on from, and what else there is."""
+        return TuningError(
+            f"{self.state} cannot be gone on from: {reason.rstrip('.')}. Start over with --restart."
+        )
+
+    def kept(self) -> str:
+        """Say which earlier adapter is the last one there, as the end of a message."""
+        files = sorted(self.folder.glob("step-*.safetensors"))
+        return f" The adapter of before is kept: {files[-1]}." if files else ""
 
     def clear_state(self) -> None:
         """Remove the state to resume from."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,24 +20,16 @@ from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance, library_ver
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.formats.origin import base_info, initial_temporal
+from tav_peft.lock import locked
+from tav_peft.optimizing import Optimization, TuningStep
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
-from tav_peft.recipe import Recipe, TrainingSection
+from tav_peft.recipe import Recipe
 from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.unet.probe import probed
-from tav_peft.unet.trainable import Trainable, trainable
+from tav_peft.unet.trainable import trainable
 from tav_peft.video.clip import Clip
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningStep:
-    """How far a tuning has come; told after every step."""
-
-    step: int
-    steps: int
-    loss: float
-    seconds_per_step: float
 
 
 def tune(
@@ -60,14 +51,32 @@ def tune(
     latents into the adapter: they decode to the clip. The pipeline is left as it was.
 
     Raises:
-        TuningError: when the output exists, adapters are loaded, an unfinished tuning has other settings, or the loss
-            is no longer a number.
+        TuningError: when the output exists, another process is at it, adapters are loaded, an unfinished tuning has
+            other settings, or numbers are no longer finite.
 
     """
     if pipe.adapters:
         raise TuningError(f"Adapters are loaded ({', '.join(pipe.adapters)}). Unload them before tuning.")
-    trail = Trail(Path(output)) if output is not None else None
-    _prepare(trail, overwrite=overwrite, restart=restart)
+    run = partial(_tuned, pipe, clip, prompt, recipe, progress=progress, keep_latents=keep_latents)
+    if output is None:
+        return run(None)
+    trail = Trail(Path(output))
+    _check_output(trail.output)
+    with locked(trail.lock, str(trail.output), TuningError):
+        _prepare(trail, overwrite=overwrite, restart=restart)
+        return run(trail)
+
+
+def _tuned(
+    pipe: TuneAVideoPipeline,
+    clip: Clip,
+    prompt: str,
+    recipe: Recipe,
+    trail: Trail | None,
+    *,
+    progress: Callable[[TuningStep], None] | None,
+    keep_latents: bool,
+) -> Adapter:
     settings, dtype = recipe.training, DTYPES[recipe.adapter.dtype]
     subset = Subset(recipe.adapter.preset, recipe.adapter.parts, recipe.adapter.blocks)
     provenance = _provenance(pipe, clip, prompt, recipe, subset)
@@ -84,82 +93,69 @@ def tune(
         _checkpointing(pipe, settings.gradient_checkpointing),
         pipe.unet.as_variant(recipe.model),
     ):
-        optimizer = _optimizer(part, settings)
+        optimization = Optimization(part.parameters, settings, accelerator, generator)
         key = _key(recipe, provenance)
-        losses = trail.load_state(key, part.parameters, optimizer, generator) if trail else []
-        drawn = generator.get_state()  # as of the last whole step
+        _resume(optimization, trail, key)
 
         def adapter() -> Adapter:
-            stepped = provenance.model_copy(update={"step": len(losses)})
-            return Adapter(part.tensors(dtype) | kept, part.peft_config, stepped)
+            stepped = provenance.model_copy(update={"step": len(optimization.losses)})
+            tensors = _finite(part.tensors(dtype), recipe.adapter.dtype, stepped.step)
+            return Adapter(tensors | kept, part.peft_config, stepped)
 
         def keep() -> None:
-            if trail is not None and losses and _is_whole(optimizer, len(losses)):
-                adapter().save(trail.at_step(len(losses)))
-                trail.save_state(key, part.parameters, optimizer, drawn, losses)
+            if trail is not None and optimization.losses and optimization.is_whole:
+                adapter().save(trail.at_step(len(optimization.losses)))
+                trail.save_state(key, optimization.state())
 
         try:
-            for done in _steps(loss_of, part, optimizer, settings, accelerator, losses):
-                drawn = generator.get_state()
+            for done in optimization.steps(loss_of):
                 if done.step % settings.save_every == 0 and done.step < settings.steps:
                     keep()
                 if progress is not None:
                     progress(done)
+            tuned = adapter()
         except KeyboardInterrupt:
             keep()
             raise
-        tuned = adapter()
-    if trail is None:
-        return probed(tuned, pipe.unet)
-    tuned.save(trail.output)  # before its probe, which hours of tuning must not depend on
+        except TuningError as error:
+            raise TuningError(f"{error}{trail.kept() if trail else ''}") from None
+        if trail is not None:  # killed from here on, it goes on from its last step
+            trail.save_state(key, optimization.state())
+    return probed(tuned, pipe.unet) if trail is None else _finish(tuned, pipe, trail, optimization.losses)
+
+
+def _resume(optimization: Optimization, trail: Trail | None, key: str) -> None:
+    state = None if trail is None else trail.load_state(key)
+    if trail is None or state is None:
+        return
+    try:
+        optimization.restore(state)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no state of a generator
+        raise trail.refusal(str(error)) from None
+
+
+def _finish(tuned: Adapter, pipe: TuneAVideoPipeline, trail: Trail, losses: list[float]) -> Adapter:
+    """Write the adapter with its probe, and the loss plot, and only then let go of the state to resume from."""
+    try:
+        result = probed(tuned, pipe.unet)
+    except Exception:
+        tuned.save(trail.output)  # hours of tuning must not depend on a probe
+        trail.clear_state()
+        raise
     plot_losses(losses, trail.plot)
-    trail.clear_state()
-    result = probed(tuned, pipe.unet)
     result.save(trail.output)
+    trail.clear_state()
     return result
 
 
-def _steps(
-    loss_of: Callable[[], Tensor],
-    part: Trainable,
-    optimizer: torch.optim.Optimizer,
-    settings: TrainingSection,
-    accelerator: Accelerator,
-    losses: list[float],
-) -> Iterator[TuningStep]:
-    """Take the steps that `losses` does not have yet, appending to it; every yield is a state to save."""
-    parameters = list(part.parameters.values())
-    prepared = accelerator.prepare_optimizer(optimizer)
-    for step in range(len(losses) + 1, settings.steps + 1):
-        started = time.perf_counter()
-        with accelerator.autocast():
-            loss = loss_of()
-        value = loss.item()
-        if not math.isfinite(value):
+def _finite(tensors: dict[str, Tensor], dtype: str, step: int) -> dict[str, Tensor]:
+    """Refuse what no reader of the adapter would take."""
+    for name, tensor in tensors.items():
+        if not all(math.isfinite(value) for value in torch.aminmax(tensor)):
             raise TuningError(
-                f"The loss is {value} at step {step}. Lower training.lr, or set training.precision to fp32."
+                f"{name} is not finite in {dtype} after step {step}. Lower training.lr, or set adapter.dtype to fp32."
             )
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
-        losses.append(value)
-        yield TuningStep(step, settings.steps, value, time.perf_counter() - started)
-
-
-def _is_whole(optimizer: torch.optim.Optimizer, steps: int) -> bool:
-    """Tell whether every parameter has taken these steps; Ctrl-C may come in the middle of an update."""
-    return all(int(state["step"]) == steps for state in optimizer.state.values())
-
-
-def _optimizer(part: Trainable, settings: TrainingSection) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        part.parameters.values(),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
+    return tensors
 
 
 def _key(recipe: Recipe, provenance: Provenance) -> str:
@@ -203,12 +199,14 @@ def denoising_loss(
     return F.mse_loss(predicted.float(), target.float())
 
 
-def _prepare(trail: Trail | None, *, overwrite: bool, restart: bool) -> None:
-    if trail is None:
-        return
-    if trail.output.suffix != ".safetensors":
-        raise TuningError(f"{trail.output}: an adapter is one .safetensors file. Give a name that ends so.")
-    if trail.output.exists() and not overwrite:
+def _check_output(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise TuningError(f"{output}: an adapter is one .safetensors file. Give a name that ends so.")
+
+
+def _prepare(trail: Trail, *, overwrite: bool, restart: bool) -> None:
+    # with a state to resume from, the output is one that this tuning wrote or was allowed to replace
+    if trail.output.exists() and not (overwrite or trail.state.exists()):
         raise TuningError(f"{trail.output} exists already. Choose another output, or pass --overwrite.")
     if restart:
         trail.clear_state()
