@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _PREFIX = "base_model.model."
 def write(adapter: Adapter, path: Path) -> Path:
     """Write the folder; a dense query update becomes a LoRA of full rank (B = the update, A = identity), exactly.
 
-    The clip's latents are left out: PEFT would refuse them.
+    The clip's latents are left out: PEFT would refuse them. What else is in the folder stays.
 
     Raises:
         AdapterError: when the adapter has no part that PEFT's LoRA can name, or the disk refuses.
@@ -36,9 +37,12 @@ def write(adapter: Adapter, path: Path) -> Path:
     own = json.dumps(adapter.peft_config, sort_keys=True)
     header = {"format": "pt", "tav_peft": provenance, "peft_config": own}
     named = {_PREFIX + name: maker for name, maker in makers.items()}
-    write_tensors(path / WEIGHTS, MadeTensors(named), header, hashed=True)
-    with whole(path / CONFIG, AdapterError) as part:
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with whole(path, AdapterError) as folder:  # one file must not be there without the other
+        if path.exists():
+            shutil.copytree(path, folder, ignore=shutil.ignore_patterns(CONFIG, WEIGHTS, ".*.part"))
+        write_tensors(folder / WEIGHTS, MadeTensors(named), header, hashed=True)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
     return path
 
 

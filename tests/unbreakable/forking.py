@@ -1,0 +1,113 @@
+"""Run by `conftest.py` as a process of its own: imports everything once, then runs each command in a fork of itself.
+
+A request is one line of JSON on stdin, its answer one line on stdout. A fork may be killed by SIGKILL: after some seconds, or before a line of the modules that write files, counted from 1.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from tav_peft import formats, lock, tensor_file, trail, whole
+from tav_peft.adapter import Adapter
+from tav_peft.cli.main import main
+from tav_peft.inversion import Inversion
+from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.tuning import tune
+from tav_peft.video import writing
+from tav_peft.video.clip import Clip
+
+WRITING = {module.__file__ for module in (whole, lock, tensor_file, trail, writing, formats.peft)}
+KNOWN = {"Adapter": Adapter, "Clip": Clip, "Inversion": Inversion, "Path": Path, "formats": formats}
+USED = (TuneAVideoPipeline, tune, main)  # imported for what they import
+
+
+def count_lines(end: int | None, count_to: int) -> None:
+    """Count the lines of the writing modules as they run; at line `end` stop living, and tell the count at the end."""
+    seen = 0
+
+    def line(frame, event, _argument):
+        nonlocal seen
+        if event == "line":
+            seen += 1
+            if seen == end:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return line
+
+    def call(frame, _event, _argument):
+        return line if frame.f_code.co_filename in WRITING else None
+
+    def tell():
+        sys.settrace(None)
+        os.write(count_to, str(seen).encode())
+
+    contextlib_exit.callback(tell)
+    sys.settrace(call)
+
+
+def run(request: dict) -> None:
+    os.chdir(request["folder"])
+    for name, value in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if "code" in request:
+        exec(request["code"], dict(KNOWN))
+    else:
+        sys.argv = ["tav", *request["tav"]]
+        main()
+
+
+def answer(request: dict) -> dict:
+    reading, count_to = os.pipe()
+    said = tempfile.TemporaryFile()  # noqa: SIM115  (the fork writes to it)
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        code = 0
+        try:
+            os.close(reading)
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            with contextlib_exit:
+                if "line" in request:
+                    count_lines(request["line"] or None, count_to)
+                run(request)
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    os.close(count_to)
+    limit = request.get("seconds")
+    timer = threading.Timer(limit, os.kill, (child, signal.SIGKILL)) if limit is not None else None
+    if timer:
+        timer.start()
+    _, status = os.waitpid(child, 0)
+    if timer:
+        timer.cancel()
+        timer.join()
+    counted = os.read(reading, 100).decode()
+    os.close(reading)
+    said.seek(0)
+    return {
+        "code": os.waitstatus_to_exitcode(status),
+        "said": said.read().decode(errors="replace"),
+        "lines": int(counted or 0),
+        "seconds": time.monotonic() - began,
+    }
+
+
+if __name__ == "__main__":
+    contextlib_exit = contextlib.ExitStack()
+    for text in sys.stdin:
+        print(json.dumps(answer(json.loads(text))), flush=True)
