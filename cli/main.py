@@ -21,6 +21,7 @@ from tav_peft.cli import (
     publish,
     recipes,
     resize,
+    score,
     tune,
     verify,
 )
@@ -80,6 +81,7 @@ app.command("cast")(cast.command)
 app.command("merge")(merge.command)
 app.command("bundle")(bundle.command)
 app.command("publish")(publish.command)
+app.command("score")(score.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)
 app.command("demo")(demo.command)

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from tav_peft.pipeline import TuneAVideoPipeline
 
 
-def fetched(ctx: Context, value: Path | list[Path]) -> Path | list[Path]:
+def fetched(ctx: Context, value: Path | list[Path] | None) -> Path | list[Path] | None:
     """Give the paths of adapters that may be named by an address or a name on the hub."""
-    if ctx.resilient_parsing:  # a shell that completes a command downloads nothing
+    if value is None or ctx.resilient_parsing:  # a shell that completes a command downloads nothing
         return value
     if isinstance(value, list):
         return [_path_of(each) for each in value]

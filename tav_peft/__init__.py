@@ -12,6 +12,7 @@ _HOME = {
     "TuneAVideoPipeline": "pipeline",
     "inflate": "unet.inflation",
     "merge": "merging",
+    "score": "scoring",
     "tune": "tuning",
     "verify": "verification",
 }

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
-
-from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
+from tav_peft.scoring.pixels import psnr
 from tav_peft.video.clip import Clip
 
 
@@ -29,22 +27,6 @@ class Reconstruction:
         """Give the three numbers for JSON, which has no infinity: None where there is no error at all."""
         numbers = {"psnr": self.psnr, "ceiling": self.ceiling, "gap": self.gap}
         return {name: round(x, 3) if math.isfinite(x) else None for name, x in numbers.items()}
-
-
-def psnr(clip: Clip, other: Clip) -> float:
-    """Peak signal-to-noise ratio of two clips in decibels, of 8-bit values over all pixels of all frames.
-
-    Infinite where the clips are equal.
-
-    Raises:
-        TavError: when they differ in size or length.
-
-    """
-    if clip.pixels.shape != other.pixels.shape:
-        one, two = (f"{c.frames} frames of {c.width}x{c.height}" for c in (clip, other))
-        raise TavError(f"Clips of {one} and of {two} have no PSNR. Give clips of one size and length.")
-    error = np.square(clip.pixels.astype(np.float64) - other.pixels).mean()
-    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def reconstruct(pipe: TuneAVideoPipeline, inversion: Inversion, *, progress: Progress | None = None) -> Clip:

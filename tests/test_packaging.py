@@ -27,10 +27,11 @@ def test_the_package_list_is_the_tree():
     assert listed == inside | {"tav_peft", "tav_peft.cli", "tav_peft.recipes"}
 
 
-def test_pocket_is_at_most_16_mb():
-    files = [file for file in (ROOT / "tav_peft" / "pocket").rglob("*") if file.is_file()]
-    assert len(files) > 10
-    assert sum(file.stat().st_size for file in files if "__pycache__" not in file.parts) <= 16_000_000
+@pytest.mark.parametrize(("folder", "limit"), [("model", 16_000_000), ("clip", 4_000_000)])
+def test_pockets_base_is_at_most_16_mb_and_its_clip_4(folder, limit):
+    files = [file for file in (ROOT / "tav_peft" / "pocket" / folder).rglob("*") if file.is_file()]
+    assert len(files) > 5
+    assert sum(file.stat().st_size for file in files) <= limit
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ python training/render_clips.py
 
 from pathlib import Path
 
-from tav_peft.pocket.clips import write_shipped
+from tav_peft.pocket.clips import SHIPPED
+from tav_peft.pocket.truth import write
 
 if __name__ == "__main__":
-    write_shipped(Path(__file__).parent.parent / "tav_peft" / "pocket" / "samples")
+    for clip in SHIPPED:
+        write(clip, Path(__file__).parent.parent / "tav_peft" / "pocket" / "samples")

@@ -75,7 +75,7 @@ def split(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return pieces
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, *, positions: int = POSITIONS) -> CLIPTokenizer:
     """Build a byte-level BPE in CLIP's layout in which every word of the world is one token."""
     text = " ".join([*OBJECTS, *BACKGROUNDS.values(), *STYLES.values(), "a an and is are moving with"])
     known = list(dict.fromkeys(text.replace(",", " ").split()))
@@ -89,7 +89,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
-        model_max_length=POSITIONS,
+        model_max_length=positions,
         bos_token=START,
         eos_token=END,
         unk_token=END,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from importlib.resources import files
@@ -78,21 +77,3 @@ def sample(name: str) -> Path:
     if name not in names:
         raise ClipError(f"There is no sample clip {name}. Shipped are {', '.join(names)}.")
     return Path(str(files("tav_peft.pocket") / "samples" / f"{name}.mp4"))
-
-
-def write_shipped(folder: Path) -> None:
-    """Write every shipped clip as mp4, with its caption and true path as JSON beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for clip in SHIPPED:
-        clip.render().write(folder / f"{clip.name}.mp4", scale=4)  # video halves the colours' resolution
-        actor = clip.scene.actors[0]
-        truth = {
-            "caption": clip.caption,
-            "object": actor.name,
-            "background": clip.scene.background,
-            "style": clip.scene.style,
-            "size": actor.size,
-            "fps": FPS,
-            "path": [[round(x, 3), round(y, 3)] for x, y in clip.path],
-        }
-        (folder / f"{clip.name}.json").write_text(json.dumps(truth, indent=1) + "\n")
