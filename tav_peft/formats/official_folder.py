@@ -109,4 +109,9 @@ def _text_state(encoder: CLIPTextModel) -> dict[str, Tensor]:
 def _write_pickle(file: Path, state: Mapping[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as stream:  # into a file of Python's, whose errors have the system's reason
-        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, stream)
+        try:
+            torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # which torch hides behind where it stopped writing
+                raise error.__context__ from None
+            raise

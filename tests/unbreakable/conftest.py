@@ -50,6 +50,18 @@ def square(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned(tmp_path_factory, fork, tuning) -> Path:
+    """A folder with two adapters of the square, with its latents: `a.safetensors` and `b.safetensors`."""
+    folder = tmp_path_factory.mktemp("tuned")
+    for seed, name in enumerate("ab"):
+        told = fork(
+            folder, *tuning, "--keep-latents", "--steps=1", f"--seed={seed}", "-o", f"{name}.safetensors"
+        )
+        assert told.code == 0, told.said
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tuning(base, square) -> list[str]:
     """The arguments of `tav tune` for a tuning of four steps that saves after each, without the output."""
     sets = [f"--set={name}={value}" for name, value in SETTINGS.items()]

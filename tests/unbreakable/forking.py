@@ -1,9 +1,13 @@
 """Run by `conftest.py` as a process of its own: imports everything once, then runs each command in a fork of itself.
 
-A request is one line of JSON on stdin, its answer one line on stdout. A fork may be killed by SIGKILL: after some seconds, or before a line of the modules that write files, counted from 1.
+A request is one line of JSON on stdin, its answer one line on stdout. A fork may be killed by SIGKILL (after some
+seconds, or before a line of the modules that write files, counted from 1), be given limits, a small or read-only disk at
+`disk`, and no network.
 """
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import resource
@@ -14,6 +18,10 @@ import threading
 import time
 import traceback
 from pathlib import Path
+
+import av
+import decord
+import matplotlib.figure
 
 from tav_peft import formats, lock, tensor_file, trail, whole
 from tav_peft.adapter import Adapter
@@ -26,7 +34,7 @@ from tav_peft.video.clip import Clip
 
 WRITING = {module.__file__ for module in (whole, lock, tensor_file, trail, writing, formats.peft)}
 KNOWN = {"Adapter": Adapter, "Clip": Clip, "Inversion": Inversion, "Path": Path, "formats": formats}
-USED = (TuneAVideoPipeline, tune, main)  # imported for what they import
+USED = (TuneAVideoPipeline, tune, main, av, decord, matplotlib.figure)  # imported for what they import
 
 
 def count_lines(end: int | None, count_to: int) -> None:
@@ -52,15 +60,52 @@ def count_lines(end: int | None, count_to: int) -> None:
     sys.settrace(call)
 
 
+def mount(disk: str, options: str) -> None:
+    """Mount an empty disk in memory that this process alone sees; whoever may not leaves with code 77."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, read_only = 1 << 14 | 1 << 18, "ro" in options.split(",")
+    done = libc.unshare(0x00020000) == 0 and libc.mount(b"none", b"/", None, private, None) == 0
+    sizes = ",".join(each for each in options.split(",") if each != "ro").encode()
+    if not done or libc.mount(b"tmpfs", disk.encode(), b"tmpfs", int(read_only), sizes) != 0:
+        os._exit(77)
+
+
+def cut_off() -> None:
+    """Refuse whatever would go over a network, and say so."""
+
+    def refuse(event, arguments):
+        if event in ("socket.getaddrinfo", "socket.sendto", "socket.connect"):
+            target = arguments[-1] if event == "socket.connect" else arguments[0]
+            if not isinstance(target, (str, bytes)) or event != "socket.connect":  # no socket of this machine
+                print(f"network: {event} {target}", file=sys.stderr)
+                raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    sys.addaudithook(refuse)
+
+
+def memory_in_use() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def run(request: dict) -> None:
     os.chdir(request["folder"])
+    if "disk" in request:
+        mount("disk", request["disk"])
+    if request.get("offline"):
+        cut_off()
+    os.environ.update(request.get("environment", {}))
     for name, value in request.get("limits", {}).items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        most = value + (memory_in_use() if name == "RLIMIT_AS" else 0)
+        resource.setrlimit(getattr(resource, name), (most, most))
     if "code" in request:
         exec(request["code"], dict(KNOWN))
-    else:
-        sys.argv = ["tav", *request["tav"]]
+        return
+    sys.argv = ["tav", *request["tav"]]
+    try:
         main()
+    finally:
+        if "disk" in request:
+            print("on the disk:", *sorted(str(path) for path in Path("disk").rglob("*")))
 
 
 def answer(request: dict) -> dict:
