@@ -22,7 +22,14 @@ from tav_peft.errors import AdapterError
 from tav_peft.header import FORMAT_VERSION, PREVIEW, parse_preview, spell_preview, summarise
 from tav_peft.presets import Subset
 from tav_peft.recipe import ModelSection, Precision
-from tav_peft.tensor_file import FileTensors, hash_tensors, read_tensors, write_tensors
+from tav_peft.tensor_file import (
+    FileTensors,
+    check_hashes,
+    check_header,
+    hash_tensors,
+    read_tensors,
+    write_tensors,
+)
 
 LATENTS = "source.latents"  # the clip's clean latents, present only when asked for
 _TENSOR = re.compile(
@@ -207,8 +214,10 @@ class Adapter:
         return write_tensors(path, self.tensors, metadata, hashed=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> Adapter:
+    def load(cls, path: str | Path, *, hashes: bool = True) -> Adapter:
         """Read a file that `save` wrote, checking its header, every name, dtype and value.
+
+        The hashes in it are checked too, unless `hashes` is off.
 
         Raises:
             AdapterError: when the file is missing, damaged, a pickle, or not one of ours.
@@ -217,7 +226,10 @@ class Adapter:
         path = Path(path)
         tensors, metadata = read_tensors(path)
         config, provenance, preview = _parse_header(metadata, path.name)
-        return cls(check_tensors(tensors, path.name), config, provenance, preview)
+        checked = check_tensors(tensors, path.name)
+        if hashes:
+            check_hashes(tensors, metadata, path.name)
+        return cls(checked, config, provenance, preview)
 
     @classmethod
     def open(cls, path: str | Path) -> Adapter:
@@ -231,6 +243,7 @@ class Adapter:
         tensors = FileTensors(path)
         config, provenance, preview = _parse_header(tensors.metadata, path.name)
         check_layout(tensors.layout, path.name)
+        check_header(tensors.metadata, path.name)
         return cls(tensors, config, provenance, preview)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tav_peft.hashes import HEADER_HASH, hash_header, is_hashed
 from tav_peft.presets import PARTS
 
 FORMAT_VERSION = 1
@@ -50,6 +51,7 @@ def read_header(path: Path) -> Header | None:
         whole = 8 + length + sum(count for _, count in sizes.values()) == path.stat().st_size
         header = Header(provenance, config, sizes, parse_preview(metadata))
         header.summary()
+        whole = whole and (not is_hashed(metadata) or metadata.get(HEADER_HASH) == hash_header(metadata))
         return header if whole and provenance["format_version"] <= FORMAT_VERSION else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, struct.error):
         return None

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
+from tav_peft.hashes import HEADER_HASH, TENSORS_HASH, hash_header, is_hashed
 from tav_peft.whole import whole
 
-TENSORS_HASH, HEADER_HASH = "tensors_sha256", "header_sha256"  # entries of a hashed file's header
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -98,6 +98,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
+
+
+def check_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: str) -> None:
+    """Refuse a file that was written with hashes and has changed since."""
+    check_header(metadata, file)
+    if is_hashed(metadata) and metadata.get(TENSORS_HASH) != hash_tensors(tensors):
+        raise _changed(file, "tensors")
+
+
+def check_header(metadata: Mapping[str, str], file: str) -> None:
+    """Refuse a header that was written with its hash and has changed since."""
+    if is_hashed(metadata) and metadata.get(HEADER_HASH) != hash_header(metadata):
+        raise _changed(file, "header's entries")
+
+
+def _changed(file: str, what: str) -> AdapterError:
+    return AdapterError(
+        f"{file} has changed since it was written: its {what} no longer fit the hash in it. Ask for the file again; "
+        "`tav verify` tells more."
+    )
 
 
 @contextmanager
@@ -196,14 +216,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return _joint({name: _hash(name, tensors[name]) for name in tensors})
 
 
-def hash_header(metadata: Mapping[str, str]) -> str:
-    """Hash a header's metadata but for this hash itself (SHA-256, hex)."""
-    others = {name: value for name, value in metadata.items() if name != HEADER_HASH}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
-
-
 def _hash(name: str, tensor: Tensor) -> str:
-    about = f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)} "
+    dtype = _DTYPES.get(tensor.dtype, str(tensor.dtype))  # a foreign file may have others
+    about = f"{name} {dtype} {list(tensor.shape)} "
     return hashlib.sha256(about.encode() + hashlib.sha256(_bytes(tensor)).digest()).hexdigest()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tav_peft.errors import AdapterError, TuningError
-from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.tensor_file import check_hashes, read_tensors, write_tensors
 from tav_peft.whole import whole
 
 
@@ -62,6 +62,7 @@ class Trail:
             return None
         try:
             tensors, metadata = read_tensors(self.state)
+            check_hashes(tensors, metadata, self.state.name)
         except AdapterError as error:
             raise self.refusal(str(error)) from None
         if metadata.get("key") != key:

@@ -18,10 +18,11 @@ from tav_peft import formats
 from tav_peft.adapter import Adapter, ProbeInfo, split_name
 from tav_peft.errors import AdapterError, ClipError, TavError
 from tav_peft.formats import peft
+from tav_peft.hashes import HEADER_HASH, TENSORS_HASH, hash_header
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.sharing.fetching import fetch
 from tav_peft.sources import clip_nearby, read_as_tuned
-from tav_peft.tensor_file import HEADER_HASH, TENSORS_HASH, FileTensors, hash_header, hash_tensors
+from tav_peft.tensor_file import FileTensors, hash_tensors
 from tav_peft.unet import probe as probes
 from tav_peft.unet import temporal_init
 from tav_peft.unet.attaching import audit_modules, has_branches, lora_config, temporal_fingerprint
@@ -61,7 +62,7 @@ def verify(
     if not isinstance(adapter, Adapter):
         path = fetch(adapter)
         try:
-            adapter = formats.read(path)
+            adapter = formats.read(path, hashes=False)  # each hash is a claim of its own
         except AdapterError as error:
             if not path.exists():
                 raise
@@ -95,7 +96,7 @@ def _hashes(path: Path) -> Iterator[Claim]:
 
 
 def _adapter_config(folder: Path) -> Claim:
-    expected = json.dumps(peft.config_of(peft.read(folder)), sort_keys=True)
+    expected = json.dumps(peft.config_of(peft.read(folder, hashes=False)), sort_keys=True)
     try:
         given = json.dumps(json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")), sort_keys=True)
     except ValueError as error:

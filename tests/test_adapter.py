@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tav_peft.adapter import LATENTS, Adapter, split_name
 from tav_peft.errors import AdapterError
+from tav_peft.hashes import HEADER_HASH, TENSORS_HASH
 from tav_peft.recipe import ModelSection
 from tav_peft.tensor_file import read_tensors, write_tensors
 
@@ -29,7 +30,8 @@ def changed(file):
 
     def write(tensors=None, **header):
         old, metadata = read_tensors(file)
-        metadata = {name: value for name, value in {**metadata, **header}.items() if value is not None}
+        metadata = {**metadata, **header, TENSORS_HASH: None, HEADER_HASH: None}
+        metadata = {name: value for name, value in metadata.items() if value is not None}
         return write_tensors(file, old if tensors is None else tensors, metadata)
 
     return write
@@ -280,3 +282,17 @@ def test_the_fingerprint_is_of_the_update_alone(make_adapter, tmp_path):
         make_adapter("paper", seed=1),
     ]
     assert len({each.fingerprint for each in (adapter, *others)}) == 4
+
+
+def test_a_number_that_has_changed_since_is_told_by_the_hash_in_the_file(file):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the last bit of a last number, still a finite one
+    with pytest.raises(
+        AdapterError, match=r"motion\.safetensors has changed since it was written: its tensors"
+    ):
+        Adapter.load(file)
+    assert Adapter.load(file, hashes=False).provenance.step == 5
+    file.write_bytes(whole.replace(b'\\"step\\": 5', b'\\"step\\": 6'))
+    for read in (Adapter.load, Adapter.open):
+        with pytest.raises(AdapterError, match="has changed since it was written: its header's entries"):
+            read(file)

@@ -43,7 +43,7 @@ LAYERS = (
         "video.clip",
     ),
     ("video.preview", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
-    ("whole", "lock", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
+    ("whole", "lock", "hashes", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

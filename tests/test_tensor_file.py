@@ -12,11 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tav_peft.errors import AdapterError
+from tav_peft.hashes import HEADER_HASH, TENSORS_HASH, hash_header
 from tav_peft.tensor_file import (
-    HEADER_HASH,
-    TENSORS_HASH,
     LazyTensors,
-    hash_header,
     hash_tensors,
     layout_of,
     read_tensors,

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from tav_peft.adapter import LATENTS, Adapter, ClipInfo
 from tav_peft.errors import AdapterError, ClipError, TavError
 from tav_peft.formats import peft
+from tav_peft.hashes import HEADER_HASH, TENSORS_HASH
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
-from tav_peft.tensor_file import HEADER_HASH, TENSORS_HASH, read_tensors, write_tensors
+from tav_peft.tensor_file import read_tensors, write_tensors
 from tav_peft.unet.probe import probed
 from tav_peft.verification import verify
 from tav_peft.video.clip import Clip

@@ -46,8 +46,10 @@ def open_adapter(path: str | Path) -> Adapter:
     return read(path) if path.is_dir() else Adapter.open(path)
 
 
-def read(path: str | Path) -> Adapter:
+def read(path: str | Path, *, hashes: bool = True) -> Adapter:
     """Read an adapter: one of our files, or a PEFT folder that `tav export` wrote; or what `fetch` finds by its name.
+
+    A file that has changed since it was written is refused, by its own hashes, unless `hashes` is off.
 
     Raises:
         AdapterError: when there is nothing, or nothing that can be read.
@@ -58,4 +60,5 @@ def read(path: str | Path) -> Adapter:
         raise AdapterError(
             f"{path} is a whole model. If the original code tuned it, `tav import {path} --base …` makes it an adapter."
         )
-    return peft.read(path) if path.is_dir() else Adapter.load(path)
+    reader = peft.read if path.is_dir() else Adapter.load
+    return reader(path, hashes=hashes)

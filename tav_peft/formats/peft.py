@@ -14,7 +14,7 @@ from tav_peft.adapter import LATENTS, Adapter, check_tensors, parse_config, pars
 from tav_peft.errors import AdapterError
 from tav_peft.formats.image_part import MadeTensors, eye_of, reader
 from tav_peft.presets import json_config
-from tav_peft.tensor_file import layout_of, read_tensors, write_tensors
+from tav_peft.tensor_file import check_hashes, layout_of, read_tensors, write_tensors
 from tav_peft.whole import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,8 +46,8 @@ def write(adapter: Adapter, path: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Adapter:
-    """Read a folder that `write` wrote.
+def read(path: Path, *, hashes: bool = True) -> Adapter:
+    """Read a folder that `write` wrote, checking the hashes in it unless `hashes` is off.
 
     Raises:
         AdapterError: when a file is missing or it was not written by tav-peft.
@@ -68,7 +68,10 @@ def read(path: Path) -> Adapter:
     own = parse_config(metadata.get("peft_config", "null"), provenance, str(path))
     if own is None:  # a dense adapter, written as LoRAs of full rank
         plain = _as_dense(plain)
-    return Adapter(check_tensors(plain, str(path)), own, provenance)
+    checked = check_tensors(plain, str(path))
+    if hashes:
+        check_hashes(tensors, metadata, str(path / WEIGHTS))
+    return Adapter(checked, own, provenance)
 
 
 def config_of(adapter: Adapter) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tav_peft.adapter import Adapter, Derivation, Provenance
-from tav_peft.tensor_file import TENSORS_HASH, FileTensors, hash_tensors
+from tav_peft.hashes import TENSORS_HASH
+from tav_peft.tensor_file import FileTensors, hash_tensors
 
 
 def derived(adapter: Adapter, name: str, tool: str, **settings: Any) -> Provenance:
