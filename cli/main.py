@@ -20,6 +20,7 @@ from tav_peft.cli import (
     merge,
     publish,
     recipes,
+    report,
     resize,
     score,
     tune,
@@ -81,6 +82,7 @@ app.command("cast")(cast.command)
 app.command("merge")(merge.command)
 app.command("bundle")(bundle.command)
 app.command("publish")(publish.command)
+app.command("report")(report.command)
 app.command("score")(score.command)
 app.command("verify")(verify.command)
 app.command("recipes")(recipes.command)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from typer import BadParameter
 
+from tav_peft.video.record import Record
+
 if TYPE_CHECKING:
     from tav_peft.video.clip import Clip
 
@@ -46,8 +48,9 @@ def edit_files(prompts: list[str], output: Path, overwrite: bool) -> list[Path]:
 
 
 def write_edit(clip: "Clip", prompt: str, path: Path) -> dict[str, str]:
-    """Write the video and, beside it, its contact sheet; say what is where."""
+    """Write the video and, beside it, its contact sheet and its prompt; say what is where."""
     scale, sheet = max(1, SEEN_WELL // clip.width), path.with_suffix(".png")
     clip.write(path, scale=scale)
     clip.write(sheet, scale=scale)
+    Record(prompt).write(path)
     return {"prompt": prompt, "clip": str(path), "contact_sheet": str(sheet)}

@@ -15,10 +15,13 @@ from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.recipe import Recipe
-from tav_peft.report import Shown, write_report, write_sheet
-from tav_peft.trail import Trail
+from tav_peft.reconstruction import reconstruct
+from tav_peft.report import Shown, write_sheet
+from tav_peft.report.folder import RECONSTRUCTION, report
 from tav_peft.tuning import tune
 from tav_peft.video.clip import Clip
+from tav_peft.video.record import Record
+from tav_peft.whole import whole
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
 
@@ -62,7 +65,7 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
     began = time.perf_counter()
     truth = next(clip for clip in SHIPPED if clip.name == name)
     recipe = Recipe.load("pocket")
-    clip = Clip.read(sample(name), **recipe.clip.model_dump())
+    clip = Clip.read(_footage(name, folder), **recipe.clip.model_dump())
     pipe = TuneAVideoPipeline.from_pretrained("pocket")
     adapter_file = folder / f"{name}.safetensors"
     with stage("tuning") as update:
@@ -75,6 +78,8 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
     steps = recipe.editing.num_inference_steps
     with stage("inverting") as update:
         inversion = pipe.invert(clip, num_inference_steps=steps, progress=update)
+    with stage("sampling back") as update:
+        reconstruct(pipe, inversion, progress=update).write(folder / RECONSTRUCTION, scale=4)
     shown = [Shown(f"the clip: {truth.caption}", clip)]
     edits: list[dict[str, Any]] = []
     for edit in EDITS[name]:
@@ -89,25 +94,10 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
                 progress=update,
             ).clips
         edits.append(_kept(folder, edit, ideal, result))
-        said = edits[-1]["motion_error"]
-        note = f"guidance {edit.guidance_scale:g}, depth {edit.depth:g}; {said:.1f} px from the source's path"
-        shown.append(Shown(ideal.caption, result, note))
+        shown.append(Shown(ideal.caption, result))
     took = time.perf_counter() - began
-    facts = {
-        "base": "pocket, embedded in the package",
-        "adapter": f"{adapter_file.name}, {adapter_file.stat().st_size / 1000:.0f} kB, preset {recipe.adapter.preset}",
-        "tuning": f"{recipe.training.steps} steps at learning rate {recipe.training.lr:g}, seed {recipe.training.seed}",
-        "inversion": f"DDIM, {steps} steps, one for all edits",
-        "time": f"{took:.0f} s",
-    }
-    page = write_report(
-        folder / "index.html",
-        f"“{truth.caption}”, edited by prompt",
-        shown,
-        facts=facts,
-        plot=Trail(adapter_file).plot,
-        command="tav demo -o demo",
-    )
+    facts = {"inversion": f"DDIM, {steps} steps, one for all edits", "time": f"{took:.0f} s"}
+    page = report(folder, adapter_file=adapter_file, command="tav demo -o demo", notes=facts)
     sheet = write_sheet(folder / "sheet.png", shown, scale=2)
     return {
         "report": page,
@@ -118,10 +108,21 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
     }
 
 
+def _footage(name: str, folder: Path) -> Path:
+    """Copy a sample clip and what is known of it, so that the folder has all that its report shows."""
+    video = sample(name)
+    for file in (video, video.with_suffix(".json")):
+        with whole(folder / file.name, TavError) as part:
+            part.write_bytes(file.read_bytes())
+    return folder / video.name
+
+
 def _kept(folder: Path, edit: Edit, ideal: PocketClip, result: Clip) -> dict[str, Any]:
     """Write an edit's video and contact sheet, and measure it against the ideal edit."""
     stem = edit.title.replace(" ", "-")
     motion = measure(result, ideal)
+    settings = {"guidance_scale": edit.guidance_scale, "depth": edit.depth}
+    Record(ideal.caption, settings).write(folder / f"{stem}.mp4")
     return {
         "title": edit.title,
         "prompt": ideal.caption,

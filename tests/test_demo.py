@@ -33,7 +33,7 @@ def test_every_clip_and_sheet_is_there_and_plays_as_long_as_the_source(made):
 
 def test_the_page_shows_the_source_and_each_edit(made):
     text = made["report"].read_text()
-    assert text.count("data:image/webp") == 5
+    assert text.count("data:image/webp") == 6  # the source, sampled back, and four edits
     for edit in made["edits"]:
         assert edit["prompt"] in text
 

@@ -42,7 +42,7 @@ LAYERS = (
         "tensor_file",
         "video.clip",
     ),
-    ("video.preview", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
+    ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
     ("whole", "lock", "hashes", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
