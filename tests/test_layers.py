@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
-    ("demo", "tools", "baking"),
+    ("demo", "tools", "baking", "suite"),
     (
         "tuning",
         "report",
@@ -43,7 +43,7 @@ LAYERS = (
         "video.clip",
     ),
     ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
-    ("whole", "lock", "hashes", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
+    ("whole", "lock", "hashes", "foreign", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -107,6 +107,8 @@ class Clip:
             layout = layout or _lay_out((frame.shape[1], frame.shape[0]), size, fit, multiple)
             pictures.append(layout.fitted(frame))
         fps = footage.fps / _mean_stride(indices, stride)
+        if not 0.01 <= fps <= 1000:
+            raise ClipError(f"{path} gives {fps:g} frames a second; allowed: 0.01 to 1000. Convert it first.")
         source = path.absolute() if footage.times else None
         span = (footage.times[indices[0]], footage.times[indices[-1]] + 1 / fps) if footage.times else None
         return cls(np.stack(pictures), fps, Path(os.path.abspath(path)).name, indices, source, span)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
 from tav_peft.errors import ClipError
+from tav_peft.foreign import refused
 
 PICTURES = (".png", ".jpg", ".jpeg")
 FOLDER_FPS = 8.0  # pictures have no clock; this is the rate the original implementation writes its videos at
@@ -103,12 +104,11 @@ def _natural_order(path: Path) -> list[str | int]:
 
 @contextmanager
 def _picture(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
+    with ExitStack() as opened:
+        with refused(ClipError, f"{path} is no readable picture", "Replace it or move it away."):
+            image = opened.enter_context(Image.open(path))
             image.load()
-            yield image
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
-        raise ClipError(f"{path} is no readable picture: {error}. Replace it or move it away.") from error
+        yield image
 
 
 def _levels(image: Image.Image) -> np.ndarray:
@@ -126,22 +126,18 @@ def _stated_fps(picture: Image.Image) -> float:
 
 
 def _open_gif(path: Path) -> Footage:
-    try:
-        with Image.open(path) as image:
-            delays = [each.info.get("duration") or _BROWSER_DELAY for each in ImageSequence.Iterator(image)]
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise ClipError(f"{path} is no readable gif: {error}. Give {READABLE}.") from error
+    with refused(ClipError, f"{path} is no readable gif", f"Give {READABLE}."), Image.open(path) as image:
+        delays = [each.info.get("duration") or _BROWSER_DELAY for each in ImageSequence.Iterator(image)]
     # A clip has one rate, a gif a delay for each picture: the shortest is the tick, longer ones are repeated.
     pictures = np.repeat(np.arange(len(delays)), [max(1, round(each / min(delays))) for each in delays])
 
     def decode(indices: Sequence[int]) -> Iterator[np.ndarray]:
         with Image.open(path) as image:
             for index in indices:
-                try:
+                with refused(ClipError, *_damaged(path, index)):
                     image.seek(int(pictures[index]))
-                    yield _levels(image)
-                except (OSError, EOFError, SyntaxError, ValueError) as error:
-                    raise ClipError(_damaged(path, index)) from error
+                    levels = _levels(image)
+                yield levels
 
     return Footage(len(pictures), 1000 * len(pictures) / sum(delays), decode)
 
@@ -163,7 +159,7 @@ def _open_video(path: Path) -> Footage:
     import av
 
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         raise ClipError(_no_video(path)) from error
     with container:
@@ -248,12 +244,14 @@ def _shown_times(path: Path, fps: float) -> tuple[float, ...]:
     import av
 
     shown: list[float] = []
-    with av.open(str(path)) as container:
-        try:
-            for frame in container.decode(_video_stream(container, path)):
-                shown.append(len(shown) / fps if frame.time is None else frame.time)
-        except av.FFmpegError as error:
-            raise ClipError(_damaged(path, len(shown))) from error
+    with av.open(str(path), metadata_errors="replace") as container:
+        frames = container.decode(_video_stream(container, path))
+        while True:
+            with refused(ClipError, *_damaged(path, len(shown))):
+                frame = next(frames, None)
+            if frame is None:
+                break
+            shown.append(len(shown) / fps if frame.time is None else frame.time)
     return tuple(shown)
 
 
@@ -291,19 +289,19 @@ def _decode_in_order(path: Path, indices: Sequence[int]) -> Iterator[np.ndarray]
     left = list(indices)
     if not left:
         return
-    index = -1
-    with av.open(str(path)) as container:
-        try:
-            for index, frame in enumerate(container.decode(_video_stream(container, path))):
-                if index == left[0]:
-                    yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    left.pop(0)
-                if not left:
-                    return
-        except av.FFmpegError as error:
-            raise ClipError(_damaged(path, index + 1)) from error
-    raise ClipError(_damaged(path, index + 1))
+    with av.open(str(path), metadata_errors="replace") as container:
+        frames = container.decode(_video_stream(container, path))
+        for index in range(left[-1] + 1):
+            with refused(ClipError, *_damaged(path, index)):
+                frame = next(frames, None)
+                if frame is None:
+                    raise EOFError("the video ends before it")
+                wanted = index == left[0]
+                levels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) if wanted else None
+            if levels is not None:
+                yield levels
+                left.pop(0)
 
 
-def _damaged(path: Path, index: int) -> str:
-    return f"{path} is damaged: frame {index} cannot be decoded. Use frames before it, or a good copy."
+def _damaged(path: Path, index: int) -> tuple[str, str]:
+    return f"{path} is damaged: frame {index} cannot be decoded", "Use frames before it, or a good copy."

@@ -162,7 +162,7 @@ def _read_sound(sound: Sound) -> _Track | None:
     import av
 
     try:
-        with av.open(str(sound.source)) as container:
+        with av.open(str(sound.source), metadata_errors="replace") as container:
             return _decode_sound(container, sound) if container.streams.audio else None
     except (av.FFmpegError, OSError):
         return None  # the pictures are what was made; that their source has gone is no reason to lose them
