@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
 
-from tav_peft.cli import console, options
+from tav_peft.cli import console, options, steering
 from tav_peft.cli.outputs import edit_files, write_edit
 
 if TYPE_CHECKING:
+    from tav_peft.control.steering import Control
     from tav_peft.inversion import Inversion
+    from tav_peft.pipeline import TuneAVideoPipeline
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
     adapter: options.AdapterFile,
     *,
     prompt: Annotated[list[str] | None, Option(help="What to show; repeatable.")] = None,
+    prompts: steering.PromptsFile = None,
     clip: options.SourceClip = None,
     base: options.Base = None,
     prediction_type: options.PredictionType = None,
@@ -31,11 +34,20 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     textual_inversion: Annotated[
         list[Path] | None, Option(help="A word that was learned for the base; repeatable.")
     ] = None,
+    control: steering.Controls = None,
+    controlnet: steering.Networks = None,
+    control_inversion: steering.ControlInversion = False,
+    mask: steering.MaskFile = None,
+    mask_word: steering.MaskWord = None,
+    batch: Annotated[int, Option(min=1, help="How many prompts are sampled at a time.")] = 1,
     inversion: Annotated[
         Path | None, Option(help="What tav invert wrote for this clip and adapter; not given: invert now.")
     ] = None,
     no_inversion: Annotated[
         bool, Option("--no-inversion", help="Start from noise, not from the clip.")
+    ] = False,
+    no_cache: Annotated[
+        bool, Option("--no-cache", help="Neither take the inversion from the cache nor keep it there.")
     ] = False,
     seed: Annotated[int | None, Option(min=0, help="Of the noise, with --no-inversion.")] = None,
     device: options.Device = None,
@@ -51,19 +63,20 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.video.clip import Clip
 
     _check_start(no_inversion, inversion, seed, depth)
+    _check_mask(mask, mask_word, no_inversion)
+    steering.check_pairs(control, controlnet, control_inversion)
     tuned, began = formats.read(adapter), perf_counter()
-    prompts = prompt or list(tuned.provenance.recipe.get("edits", ()))
-    if not prompts:
-        raise BadParameter("the adapter's recipe has none. Give one.", param_hint="--prompt")
+    wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {"guidance_scale": guidance, "num_inference_steps": steps, "depth": depth}
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
     )
-    files = edit_files(prompts, output or Path(f"{adapter.stem}-edits"), overwrite)
+    files = edit_files(wanted, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
     kept = Inversion.load(inversion) if inversion else None
     how = how.replace(num_inference_steps=steps or (kept and kept.num_inference_steps))
-    source: Any = source_of(tuned, adapter, clip) if clip or not (no_inversion or kept) else recorded
+    needed = bool(clip or control) or not (no_inversion or kept)
+    source: Any = source_of(tuned, adapter, clip) if needed else recorded
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
     for number, given_lora in enumerate(lora or []):
@@ -72,23 +85,59 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         pipe.load_textual_inversion(word)
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
+    if control:
+        seen = source if isinstance(source, Clip) else pipe.decode_latents(source)[0]
+        start["controls"] = steering.read_controls(control, controlnet, seen, pipe.unet.dtype)
+    on_inversion = start.get("controls", []) if control_inversion else []
+    cached = False
     if no_inversion:
         how = how.replace(depth=1.0)
         start["latents"] = pipe.noise(source, seed or 0)
     elif kept:
-        kept.check_made_with(pipe.inverted_with() | {"clip": source.fingerprint})
+        kept.check_made_with(pipe.inverted_with(on_inversion) | {"clip": source.fingerprint})
         start["inversion"] = kept
     else:
-        with console.progress_bar("inverting") as moved:
-            start["inversion"] = pipe.invert(source, **how.inverting, progress=moved)
+        start["inversion"], cached = _invert(pipe, source, how.inverting, on_inversion, not no_cache)
+    if mask or mask_word:
+        start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
     with console.progress_bar("editing") as moved:
-        clips = pipe(prompts, **start, progress=moved, **how.sampling).clips
-    edits = [write_edit(*each) for each in zip(clips, prompts, files, strict=True)]
+        clips = pipe(wanted, **start, batch_size=batch, progress=moved, **how.sampling).clips
+    edits = [write_edit(*each) for each in zip(clips, wanted, files, strict=True)]
     details = {
-        **how.sampling, "strength": strength, "loras": lora or [], "inversion": _told(start.get("inversion")),
+        **how.sampling, "strength": strength, "loras": lora or [], "controls": controlnet or [],
+        "inversion": _told(start.get("inversion")), "from_cache": cached,
         "seed": (seed or 0) if no_inversion else None, "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
+
+
+def _invert(
+    pipe: "TuneAVideoPipeline",
+    source: Any,
+    inverting: dict[str, Any],
+    controls: "list[Control]",
+    cached: bool,
+) -> "tuple[Inversion, bool]":
+    """Invert, or take the inversion from the cache."""
+    from tav_peft.inversion_cache import InversionCache, invert_once
+
+    with console.progress_bar("inverting") as moved:
+        if not cached:
+            return pipe.invert(source, **inverting, controls=controls, progress=moved), False
+        return invert_once(pipe, source, InversionCache(), controls=controls, progress=moved, **inverting)
+
+
+def _mask(
+    pipe: "TuneAVideoPipeline", file: Path | None, word: str | None, source: Any, inversion: "Inversion", caption: str
+) -> Any:  # fmt: skip
+    """Read a mask of the clip's frames and size, or find the word."""
+    from tav_peft.cross_attention import attention_mask
+    from tav_peft.video.companion import read_companion
+
+    if file is None:
+        return attention_mask(pipe, inversion, caption, word or "")
+    clip = source if hasattr(source, "indices") else pipe.decode_latents(inversion.clean)[0]
+    return read_companion(file, clip)
 
 
 def _file_and_name(given: str, number: int) -> tuple[Path, str, float]:
@@ -104,6 +153,15 @@ def _file_and_name(given: str, number: int) -> tuple[Path, str, float]:
 
 def _told(inversion: "Inversion | None") -> dict[str, Any] | None:
     return {name: inversion.info.get(name) for name in ("method", "unet_passes")} if inversion else None
+
+
+def _check_mask(mask: Path | None, word: str | None, no_inversion: bool) -> None:
+    if mask and word:
+        raise BadParameter("a mask and a word that makes one. Give one of the two.", param_hint="--mask")
+    if no_inversion and (mask or word):
+        raise BadParameter(
+            "it keeps what the inversion has of the clip. Leave out --no-inversion.", param_hint="--mask"
+        )
 
 
 def _check_start(no_inversion: bool, inversion: Path | None, seed: int | None, depth: float | None) -> None:

@@ -8,7 +8,9 @@ from typer.core import TyperGroup
 
 from tav_peft.cli import (
     bundle,
+    cache,
     cast,
+    control,
     demo,
     diff,
     edit,
@@ -23,11 +25,13 @@ from tav_peft.cli import (
     report,
     resize,
     score,
+    suite,
     tune,
     verify,
 )
 from tav_peft.cli.console import complain, out
 from tav_peft.errors import TavError
+from tav_peft.foreign import is_out_of_memory
 
 
 class Commands(TyperGroup):
@@ -57,7 +61,7 @@ def _in_one_line(error: Exception) -> str | None:
         return "The disk is full. Free some space, then run the same command again."
     if isinstance(error, OSError) and error.filename and error.errno != errno.EPIPE:
         return f"{error.filename}: {error.strerror}."
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return "Out of memory. Use fewer frames or a smaller size, or tune with --recipe small-gpu."
     return None
 
@@ -74,6 +78,7 @@ app.command("edit")(edit.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)
 app.command("invert")(invert.command)
+app.command("control")(control.command)
 app.command("info")(info.command)
 app.command("diff")(diff.command)
 app.command("extract")(extract.command)
@@ -84,7 +89,9 @@ app.command("bundle")(bundle.command)
 app.command("publish")(publish.command)
 app.command("report")(report.command)
 app.command("score")(score.command)
+app.command("suite")(suite.command)
 app.command("verify")(verify.command)
+app.add_typer(cache.app, name="cache")
 app.command("recipes")(recipes.command)
 app.command("demo")(demo.command)
 

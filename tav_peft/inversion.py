@@ -29,6 +29,7 @@ _MADE_WITH = {
     "prediction_type": "another prediction type",
     "model": "another attention or GroupNorm",
     "adapters": "another adapter, or at another strength",
+    "controls": "other controls",
     "clip": "another clip",
 }
 
@@ -68,7 +69,7 @@ class Inversion:
             AdapterError: naming what is other, and what to do.
 
         """
-        wrong = [what for key, what in _MADE_WITH.items() if self.info.get(key) != wanted[key]]
+        wrong = [what for key, what in _MADE_WITH.items() if (self.info.get(key) or None) != (wanted[key] or None)]
         if wrong:
             own = f"base {self.info.get('base')}, clip {self.info.get('name') or 'without a name'}"
             raise AdapterError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +20,14 @@ from tav_peft.bases import single_file
 from tav_peft.bases.folder import loading_options
 from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
+from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import AdapterError, BaseModelError, TavError
 from tav_peft.formats import inflated
-from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert
+from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert, timestep_pairs
 from tav_peft.loading import AdapterLoading
+from tav_peft.masks import KeptSource
 from tav_peft.recipe import InversionMethod
-from tav_peft.sampling import set_timesteps, start_scale
+from tav_peft.sampling import Sampling
 from tav_peft.shapes import Latents
 from tav_peft.unet.inflation import InflatedUNet, inflate
 from tav_peft.video.clip import Clip
@@ -184,10 +185,15 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         """Decode each row of clean latents to a clip; `like` lends its frame rate and sound."""
         return autoencoding.decode(self.vae, latents.to(self._execution_device), like=like, fps=fps)
 
-    def predict(self, latents: Latents, timestep: Tensor | int, conditions: Conditions) -> Latents:
-        """Run the UNet: the noise or velocity it sees in latents of as many rows as there are conditions."""
+    def predict(
+        self, latents: Latents, timestep: Tensor | int, conditions: Conditions, **residuals: Any
+    ) -> Latents:
+        """Run the UNet: the noise or velocity it sees in latents of as many rows as there are conditions.
+
+        `residuals` are what control networks add, see `Steering.residuals`.
+        """
         output: Latents = self.unet(
-            latents, timestep, conditions.text, added_cond_kwargs=conditions.added
+            latents, timestep, conditions.text, added_cond_kwargs=conditions.added, **residuals
         ).sample
         return output
 
@@ -199,7 +205,8 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         shape = (1, self.unet.config.in_channels, clip.frames, clip.height // factor, clip.width // factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def _size_of(self, latents: Latents) -> tuple[int, int]:
+    def pixel_size(self, latents: Latents) -> tuple[int, int]:
+        """Give the height and width in pixels of what latents decode to."""
         factor = autoencoding.pixels_per_latent(self.vae)
         return latents.shape[-2] * factor, latents.shape[-1] * factor
 
@@ -219,13 +226,15 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         method: str = "ddim",
         iterations: int = ITERATIONS,
         tolerance: float = TOLERANCE,
+        controls: Sequence[Control] = (),
         progress: Progress | None = None,
     ) -> Inversion:
         """Invert a clip, or its clean latents, by DDIM without text, with the adapters that are on.
 
         Only the share `depth` of the steps, from the clean end, is gone through. `method` is `ddim` or `fixed_point`
         (see `inversion.invert`); the latter makes up to `iterations` UNet passes a step, until one moves the latents by
-        no more than `tolerance`. The result's `info["unet_passes"]` says how many there were.
+        no more than `tolerance`. The result's `info["unet_passes"]` says how many there were. `controls` steer the
+        inversion too; the paper's has none.
 
         Raises:
             TavError: for impossible steps, depth or sizes.
@@ -245,13 +254,17 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
             raise TavError(
                 f"Latents of shape {tuple(latents.shape)}: give (1, channels, frames, height, width)."
             )
-        nothing = self.encode_prompts([""], size=self._size_of(latents))
-
+        nothing = self.encode_prompts([""], size=self.pixel_size(latents))
+        steering = self._steering(controls, latents)
+        from_noise = list(reversed(self.timesteps(num_inference_steps)))
         passes = itertools.count()
 
         def predict(x: Latents, timestep: int) -> Latents:
             next(passes)
-            return self.predict(x, timestep, nothing)
+            residuals = steering.residuals(
+                x, timestep, nothing, from_noise.index(timestep), num_inference_steps
+            )
+            return self.predict(x, timestep, nothing, **residuals)
 
         trajectory = invert(
             predict,
@@ -265,19 +278,20 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
             progress=progress,
         )
         self.maybe_free_model_hooks()
-        info = self.inverted_with() | {"method": method, "unet_passes": next(passes)}
+        info = self.inverted_with(controls) | {"method": method, "unet_passes": next(passes)}
         if isinstance(given, Clip):
             info |= {"clip": given.fingerprint, "fps": given.fps, "name": given.name}
         return Inversion(trajectory.cpu(), num_inference_steps, info)
 
-    def inverted_with(self) -> dict[str, Any]:
-        """Say what an inversion made now depends on, besides the clip: the base, and the adapters that are on."""
+    def inverted_with(self, controls: Sequence[Control] = ()) -> dict[str, Any]:
+        """Say what an inversion made now depends on, besides the clip: the base, the adapters that are on, controls."""
         return {
             "base": self.base_name,
             "base_fingerprint": self.base_fingerprint,
             "prediction_type": self.scheduler.config.prediction_type,
             "model": self.unet.variant.model_dump(),
             "adapters": self._acting(),
+            "controls": [control.record for control in controls],
         }
 
     @torch.no_grad()
@@ -291,6 +305,9 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         depth: float = 1.0,
         negative_prompt: str = "",
         latents: Latents | None = None,
+        controls: Sequence[Control] = (),
+        mask: Clip | Tensor | None = None,
+        batch_size: int = 1,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
         fps: float | None = None,
@@ -299,12 +316,15 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         """Make one clip for each prompt, all from the same inversion (or the same noise `latents`).
 
         `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
-        noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `like` lends
-        frame rate and sound to the results; without it `fps` is their frame rate, by default the inversion's, or 8.
-        `generator` only matters to schedulers that add noise.
+        noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `controls` steer the
+        sampling. Where `mask` (see `masks`) is 0 the source stays. `batch_size` prompts are sampled at a time, which
+        costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
+        `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
+        noise; each prompt draws from a stream of its own.
 
         Raises:
             TavError: for prompts that are too long and impossible numbers.
+            BaseModelError: when a control does not fit the base.
 
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -312,21 +332,28 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         if steps is None:
             steps = inversion.num_inference_steps if inversion else 50
         _check_steps(steps, depth)
+        if batch_size < 1:
+            raise TavError(f"batch_size {batch_size}: give at least 1.")
         start, inverted = self._start(inversion, latents, steps, depth)
-        told = self.encode_prompts([*prompts, negative_prompt], size=self._size_of(start))
+        told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
+        streams = None if generator is None else _streams(generator, len(prompts))
+        sampling = Sampling(
+            predict=self.predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
+            guidance_scale=guidance_scale, steering=self._steering(controls, start),
+            keep=None if mask is None else self._keep(mask, inversion, start),
+        )  # fmt: skip
         done = itertools.count(1)
 
-        def tick(timesteps: Tensor) -> None:
+        def tick(steps: int) -> None:
             if progress is not None:
-                progress(next(done), len(timesteps) * len(prompts))
+                progress(next(done), steps * len(prompts))
 
         results = []
-        for row in range(len(prompts)):
-            conditions = told.rows(-1, row) if guidance_scale != 1 else told.rows(row)
-            # a scheduler may remember the last prompt's steps; setting the timesteps makes it forget them
-            timesteps = set_timesteps(self.scheduler, steps, start.device, inverted)
-            first = start * start_scale(self.scheduler, inverted is not None)
-            results.append(self._sample(first, conditions, timesteps, guidance_scale, generator, tick))
+        for first in range(0, len(prompts), batch_size):
+            rows = range(len(prompts))[first : first + batch_size]
+            without = [-1] * len(rows) if guidance_scale != 1 else []
+            generators = streams and [streams[row] for row in rows]
+            results.append(sampling.run(told.rows(*without, *rows), len(rows), generators, tick))
         clean = torch.cat(results)
         if fps is None:
             fps = float(inversion.info.get("fps", 8.0)) if inversion else 8.0
@@ -361,30 +388,21 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         ddim.set_timesteps(steps)
         return start.to(self._execution_device, self.unet.dtype), ddim.timesteps[-left:]
 
-    def _sample(
-        self,
-        latents: Latents,
-        conditions: Conditions,
-        timesteps: Tensor,
-        guidance_scale: float,
-        generator: torch.Generator | None,
-        tick: Callable[[Tensor], None],
-    ) -> Latents:
-        """Sample through the timesteps with classifier-free guidance (Ho & Salimans 2022).
+    def _steering(self, controls: Sequence[Control], latents: Latents) -> Steering:
+        return Steering(controls, self.unet, self.vae, latents, self.pixel_size(latents))
 
-        `conditions` are the prompt's, or two rows: those of the negative prompt and those of the prompt.
-        """
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        for timestep in timesteps:
-            scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = self.predict(scaled.expand(len(conditions), -1, -1, -1, -1), timestep, conditions)
-            if len(conditions) == 2:
-                without, with_text = output.chunk(2)
-                output = without + guidance_scale * (with_text - without)
-            latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
-            tick(timesteps)
-        return latents
+    def _keep(self, mask: Clip | Tensor, inversion: Inversion | None, start: Latents) -> KeptSource:
+        if inversion is None:
+            raise TavError(
+                "A mask keeps what the inversion has of the source. Give an inversion, or no mask."
+            )
+        return KeptSource.of(mask, inversion, self.timesteps(inversion.num_inference_steps), start)
+
+    def timesteps(self, num_inference_steps: int) -> list[int]:
+        """List the timesteps that an inversion goes through, from the cleanest to the noisiest."""
+        return [
+            timestep for timestep, _, _ in timestep_pairs(self.inversion_scheduler(), num_inference_steps)
+        ]
 
 
 def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
@@ -396,6 +414,12 @@ def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
     ):
         return DDIMScheduler.from_config(scheduler.config)
     return DDIMScheduler.from_config(scheduler.config, steps_offset=1, clip_sample=False)
+
+
+def _streams(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """Give each prompt a generator of its own, so that how many are sampled together changes none."""
+    seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
+    return [torch.Generator(generator.device).manual_seed(int(seed)) for seed in seeds]
 
 
 def _check_steps(num_inference_steps: int, depth: float) -> None:

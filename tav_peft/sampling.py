@@ -1,15 +1,21 @@
-"""How a diffusers scheduler starts: from pure noise, or from where an inversion ended."""
+"""Sampling with a diffusers scheduler, from pure noise or from where an inversion ended."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from tav_peft.conditions import Conditions
+from tav_peft.control.steering import Steering
 from tav_peft.errors import TavError
+from tav_peft.masks import KeptSource
+from tav_peft.shapes import Latents
 
 
 def set_timesteps(
@@ -49,3 +55,66 @@ def start_scale(scheduler: SchedulerMixin, inverted: bool) -> float:
     """
     scale = float(scheduler.init_noise_sigma)
     return (float(scheduler.sigmas.max()) ** 2 + 1) ** 0.5 if inverted and scale != 1 else scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampling:
+    """How prompts are sampled: from where, through which steps, pulled by how much, steered by what.
+
+    `start` is one row of latents of unit variance; `inverted` are the timesteps it was inverted through, of a schedule
+    of `steps`. `predict(latents, timestep, conditions, **residuals)` is the UNet's output.
+    """
+
+    predict: Callable[..., Latents]
+    scheduler: SchedulerMixin
+    start: Latents
+    inverted: Tensor | None
+    steps: int
+    guidance_scale: float
+    steering: Steering
+    keep: KeptSource | None = None
+
+    def run(
+        self,
+        conditions: Conditions,
+        count: int,
+        generators: Sequence[torch.Generator] | None = None,
+        tick: Callable[[int], None] | None = None,
+    ) -> Latents:
+        """Sample `count` rows at a time, with classifier-free guidance (Ho & Salimans 2022).
+
+        `conditions` are a row for each, or two: first those of the negative prompt, then those of the prompts.
+        `generators`, one a row, only matter to schedulers that add noise. `tick(steps)` is told of each row's step.
+        """
+        # a scheduler may remember the last prompt's steps; setting the timesteps makes it forget them
+        timesteps = set_timesteps(self.scheduler, self.steps, self.start.device, self.inverted)
+        skipped = self.steps - len(self.inverted) if self.inverted is not None else 0
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": list(generators)} if takes_generator and generators is not None else {}
+        latents = self.start * start_scale(self.scheduler, self.inverted is not None)
+        latents = latents.repeat(count, 1, 1, 1, 1)
+        for step, timestep in enumerate(timesteps):
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            rows = scaled.repeat(len(conditions) // count, 1, 1, 1, 1)
+            residuals = self.steering.residuals(
+                rows, timestep, conditions, skipped + step, skipped + len(timesteps)
+            )
+            output = self.predict(rows, timestep, conditions, **residuals)
+            if len(rows) > count:
+                without, with_text = output.chunk(2)
+                output = without + self.guidance_scale * (with_text - without)
+            latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+            if self.keep is not None:
+                reached = int(timesteps[step + 1]) if step + 1 < len(timesteps) else None
+                latents = self.keep.blend(latents, reached, _scale_now(self.scheduler))
+            if tick is not None:
+                for _ in range(count):
+                    tick(len(timesteps))
+        return latents
+
+
+def _scale_now(scheduler: SchedulerMixin) -> float:
+    """Give the factor from latents of unit variance to how the scheduler holds them after the step it made last."""
+    if float(scheduler.init_noise_sigma) == 1:
+        return 1.0
+    return (float(scheduler.sigmas[scheduler.step_index]) ** 2 + 1) ** 0.5

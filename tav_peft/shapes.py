@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents: TypeAlias = Float[Tensor, "batch channels frames height width"]
+LatentMask: TypeAlias = Float[Tensor, "#batch 1 frames height width"]  # in [0, 1]
 Tokens: TypeAlias = Float[
     Tensor, "folded positions features"
 ]  # folded is batch·frames, frames running fastest

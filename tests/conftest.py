@@ -18,15 +18,17 @@ install_import_hook(
     [
         f"tav_peft.{module}"
         for module in (
-            "attention",
             "autoencoding",
             "conditions",
-            "inflation",
+            "control.steering",
             "inversion",
+            "masks",
             "pipeline",
-            "temporal_init",
-            "trainable",
             "tuning",
+            "unet.attention",
+            "unet.inflation",
+            "unet.temporal_init",
+            "unet.trainable",
         )
     ],
     "beartype.lenient",
@@ -52,6 +54,15 @@ from tav_peft.video.clip import Clip
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Keep what tests put into the cache out of the user's, and the user's out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 WIDTH, TOKENS = 32, 24  # of the text states
 TINY_UNET = {

@@ -228,6 +228,7 @@ def test_a_saved_inversion_comes_back(tmp_path, noise):
 
 
 MADE = {
+    "controls": [],
     "base": "tiny",
     "name": "a.mp4",
     "base_fingerprint": "b",

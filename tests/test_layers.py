@@ -6,9 +6,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tav_peft"
 # from the top; a module may import what stands below it, and what stands before it in its own line
 LAYERS = (
-    ("demo", "tools", "baking", "suite"),
+    ("demo", "repetition", "tools", "baking", "suite"),
     (
         "tuning",
+        "cross_attention",
+        "inversion_cache",
         "report",
         "reconstruction",
         "merging",
@@ -32,11 +34,10 @@ LAYERS = (
     ("bases.folder", "header", "sharing.fetching"),
     ("sharing.hub",),
     ("sharing.address",),
-    ("bases.checkpoint_file", "bases.unfit"),
+    ("bases.checkpoint_file", "bases.unfit", "control.maps", "video.companion"),
     (
         "unet.attention",
         "conditions",
-        "control.maps",
         "unet.temporal_init",
         "presets",
         "tensor_file",

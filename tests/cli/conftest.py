@@ -57,6 +57,7 @@ class Library:
     words: list[Path] = field(default_factory=list)
     measured: list[tuple[Any, Inversion]] = field(default_factory=list)
     nearby: Any = None
+    caches: list[Any] = field(default_factory=list)
     sources: list[tuple[Path, Path | None]] = field(default_factory=list)
     exports: list[Path] = field(default_factory=list)
     imports: list[dict[str, Any]] = field(default_factory=list)
@@ -101,14 +102,19 @@ class Library:
     def load_textual_inversion(self, file: Path) -> None:
         self.words.append(file)
 
-    def invert(self, _source: Any, *, progress: Any, **options: Any) -> Any:
-        self.inversions.append(options)
+    def invert_once(self, pipe: Any, source: Any, cache: Any, **options: Any) -> Any:
+        assert pipe is self
+        self.caches.append(cache)
+        return self.invert(source, **options), False
+
+    def invert(self, _source: Any, *, progress: Any, controls: Any = (), **options: Any) -> Any:
+        self.inversions.append({**options, "controls": controls} if controls else options)
         progress(1, 1)
         steps = options["num_inference_steps"]
         info = {**self.inverted_with(), "clip": "a clip", "method": options["method"], "unet_passes": steps}
         return Inversion(torch.zeros(steps + 1, 4, 1, 1, 1), steps, info)
 
-    def inverted_with(self) -> dict[str, Any]:
+    def inverted_with(self, _controls: Any = ()) -> dict[str, Any]:
         adapters = [{"fingerprint": "an adapter", "strength": self.attached[-1]}]
         return {
             "base": "pocket",
@@ -116,6 +122,7 @@ class Library:
             "prediction_type": "epsilon",
             "model": {},
             "adapters": adapters,
+            "controls": [],
         }
 
     def measure(self, pipe: Any, clip: Any, inversion: Inversion, *, progress: Any) -> Reconstruction:
@@ -201,6 +208,7 @@ def library(monkeypatch, tmp_path) -> Library:
     modules = {
         "video.clip": {"Clip": clip},
         "formats": formats,
+        "inversion_cache": {"InversionCache": lambda: "the cache", "invert_once": fake.invert_once},
         "pipeline": {"TuneAVideoPipeline": fake},
         "reconstruction": {"measure": fake.measure},
         "sources": {

@@ -185,3 +185,43 @@ def test_a_strength_of_a_lora_that_is_no_number_is_refused(library, tav):
     assert result.exit_code == 2
     assert "'strong' is no strength. Give FILE, or FILE=0.7." in result.stderr
     assert library.edits == []
+
+
+def test_prompts_may_come_from_a_file_and_several_are_sampled_at_a_time(library, tav):
+    Path("prompts.txt").write_text("a panda\n\n# not this one\n  a fox, at sunset \n")
+    tav("edit", "a.safetensors", "--prompt", "a duck", "--prompts", "prompts.txt", "--batch", "3")
+    (edit,) = library.edits
+    assert edit["prompts"] == ["a duck", "a panda", "a fox, at sunset"]
+    assert edit["batch_size"] == 3
+    Path("prompts.txt").write_text("# nothing\n")
+    result = tav("edit", "a.safetensors", "--prompts", "prompts.txt")
+    assert result.exit_code == 2
+    assert "prompts.txt has no prompt. Write one on each line." in result.stderr
+    Path("prompts.txt").write_bytes(b"\xff\xfe\x00")
+    assert "is not a text file in UTF-8" in tav("edit", "a.safetensors", "--prompts", "prompts.txt").stderr
+
+
+def test_an_inversion_goes_through_the_cache_unless_it_shall_not(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda")
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--no-cache")
+    assert library.caches == ["the cache"]
+    assert len(library.inversions) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--control", "canny"), "1 --control and 0 --controlnet were given. Give one of each"),
+        (("--controlnet", "pocket-controlnet"), "0 --control and 1 --controlnet were given"),
+        (("--control-inversion",), "nothing steers. Add --control and --controlnet."),
+        (("--control", "canny", "--controlnet", "x=strong"), "'strong' is no scale. "),
+        (("--control", "canny", "--controlnet", "x=1@0.5"), "'1@0.5' is no scale"),
+        (("--mask", "a.png", "--mask-word", "man"), "a mask and a word that makes one"),
+        (("--mask", "a.png", "--no-inversion"), "it keeps what the inversion has of the clip"),
+    ],
+)  # fmt: skip
+def test_controls_and_masks_that_cannot_be_meant_are_refused(library, tav, options, said):
+    result = tav("edit", "a.safetensors", "--prompt", "a panda", *options)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert library.edits == []
