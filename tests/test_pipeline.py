@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DConditionModel,
@@ -332,3 +334,41 @@ def test_an_inpainting_unet_is_refused(pipe, flat):
 def test_a_depth_without_an_inversion_is_refused(pipe, noise):
     with pytest.raises(TavError, match="needs an inversion"):
         pipe("a man", latents=noise(1, 4, 2, 8, 8), num_inference_steps=2, depth=0.5)
+
+
+@pytest.mark.parametrize(
+    "kind", [None, DDPMScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+@pytest.mark.parametrize("guidance", [1, 4])
+def test_how_many_prompts_are_sampled_at_a_time_changes_no_result(pipe, noise, kind, guidance):
+    # those that add noise draw it from a stream for each prompt
+    if kind is not None:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    prompts, x = ["a man", "skiing", "a man is skiing"], noise(1, 4, 3, 8, 8)
+
+    def made(batch_size):
+        generator = torch.Generator().manual_seed(5)
+        return pipe(
+            prompts, latents=x, num_inference_steps=3, guidance_scale=guidance, batch_size=batch_size,
+            generator=generator, negative_prompt="a",
+        ).latents  # fmt: skip
+
+    one = made(1)
+    assert (one[0] - one[1]).abs().max() > 0.1
+    for batch_size in (2, 3, 7):
+        torch.testing.assert_close(made(batch_size), one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_shares_steering_and_mask(pipe, inversion):
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, :4] = 1
+    one, two = (
+        pipe(["a man", "skiing"], inversion=inversion, mask=mask, batch_size=n).latents for n in (1, 2)
+    )
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert torch.equal(two[..., 4:], inversion.clean[..., 4:].expand(2, -1, -1, -1, -1))
+
+
+def test_a_batch_of_nothing_is_refused(pipe, inversion):
+    with pytest.raises(TavError, match="batch_size 0: give at least 1"):
+        pipe("a man", inversion=inversion, batch_size=0)
