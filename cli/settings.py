@@ -37,6 +37,10 @@ Seed = Annotated[int | None, Option("--seed", min=0, help="Seed of all that is d
 Keep = Annotated[
     bool, Option("--keep-latents", help="Put the clip's latents in the file: edits need no clip.")
 ]
+Check = Annotated[
+    int | None,
+    Option("--check", min=1, metavar="STEPS", help="Take the first STEPS twice, compare, and write nothing."),
+]
 Restart = Annotated[bool, Option("--restart", help="Begin anew where a stopped tuning would go on.")]
 
 

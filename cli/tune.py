@@ -1,10 +1,17 @@
 """`tav tune`: one clip in, a small adapter out."""
 
+import dataclasses
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from tav_peft.cli import console, settings
 from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, PredictionType, open_base
+
+if TYPE_CHECKING:
+    from tav_peft.pipeline import TuneAVideoPipeline
+    from tav_peft.recipe import Recipe
+    from tav_peft.video.clip import Clip
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
@@ -30,6 +37,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     keep_latents: settings.Keep = False,
     overwrite: Overwrite = False,
     restart: settings.Restart = False,
+    check: settings.Check = None,
     as_json: AsJson = False,
 ) -> None:
     """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
@@ -49,6 +57,9 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         Clip.read(clip, **chosen.clip.model_dump()),
         open_base(on, device, chosen.training.precision, prediction_type=prediction_type),
     )
+    if check is not None:
+        _check(pipe, source, caption, chosen, check, as_json)
+        return
     console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
     with console.tuning_bar() as bar:
         tune(pipe, source, caption, chosen, output=target, progress=bar,
@@ -60,3 +71,19 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     }  # fmt: skip
     console.say(f"{console.size_text(target.stat().st_size)}. Next: tav edit {target} --prompt '…'")
     console.report([target], details, as_json)
+
+
+def _check(
+    pipe: "TuneAVideoPipeline", clip: "Clip", caption: str, recipe: "Recipe", steps: int, as_json: bool
+) -> None:
+    """Say whether a tuning repeats here, and fail where it does not."""
+    from tav_peft.errors import TuningError
+    from tav_peft.repetition import repeat
+
+    repetition = repeat(pipe, clip, caption, recipe, steps)
+    if as_json:
+        console.print_json({**dataclasses.asdict(repetition), "repeats": repetition.repeats})
+    if not repetition.repeats:
+        raise TuningError(str(repetition))
+    if not as_json:
+        console.out.print(str(repetition), soft_wrap=True)
