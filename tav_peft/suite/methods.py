@@ -1,0 +1,90 @@
+"""The rows of a suite's table: the paper's method, what it is compared with, and what it leaves out, each by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from tav_peft.inversion import Inversion, timestep_pairs
+from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.shapes import Latents
+from tav_peft.video.clip import Clip
+
+_FRAMEWISE = ("model.attention=frame", "model.group_norm=frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to edit: the recipe's settings that differ, what sampling starts from, and how deep and how guided.
+
+    `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the recipe does.
+    Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
+    ideal edit of a pocket clip, which says what the scores can be at best.
+    """
+
+    title: str
+    settings: tuple[str, ...] = ()
+    start: Literal["inversion", "noise", "noised clip", "drawn"] = "inversion"
+    tuned: bool = True
+    depth: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def of(self, kind: str, depth: float, guidance: float) -> tuple[float, float]:
+        """Give depth and guidance for a kind of edit, those of the recipe where the method says nothing."""
+        return (
+            self.depth.get(kind, self.depth.get("all", depth)),
+            self.guidance.get(kind, self.guidance.get("all", guidance)),
+        )
+
+
+METHODS: dict[str, Method] = {
+    "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
+    "full": Method("full method"),
+    "by_kind": Method(
+        "full method, less depth for two changes", depth={"multiple": 0.55}, guidance={"multiple": 7.0}
+    ),
+    "no_inversion": Method("without inversion", start="noise"),
+    "no_tuning": Method("without tuning", tuned=False),
+    "no_st_attn": Method("without ST-Attn", ("model.attention=frame",)),
+    "per_frame": Method("image model frame by frame, same inversion", _FRAMEWISE, tuned=False),
+    "sdedit_50": Method("SDEdit at 0.5", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.5}),
+    "sdedit_70": Method("SDEdit at 0.7", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.7}),
+    "sdedit_90": Method("SDEdit at 0.9", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.9}),
+    "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",)),
+    "paper": Method("preset paper", ("adapter.preset=paper",)),
+    "lite_4": Method("preset lite, rank 4", ("adapter.preset=lite", "adapter.rank=4")),
+    "lite_1": Method("preset lite, rank 1", ("adapter.preset=lite", "adapter.rank=1")),
+    "lite_16": Method("preset lite, rank 16", ("adapter.preset=lite", "adapter.rank=16")),
+    "steps_50": Method("50 steps", ("training.steps=50",)),
+    "steps_400": Method("400 steps", ("training.steps=400",)),
+    "guidance_2": Method("guidance 2", guidance={"all": 2.0}),
+    "guidance_7": Method("guidance 7", guidance={"all": 7.0}),
+    "full_attention": Method("full attention between frames", ("model.attention=full",)),
+}
+QUICK = ("ideal", "full", "by_kind", "no_inversion", "no_tuning", "no_st_attn", "per_frame")
+
+
+def start_of(
+    method: Method, pipe: TuneAVideoPipeline, clip: Clip, *, steps: int, seed: int
+) -> tuple[Inversion | None, Latents | None]:
+    """Make what a method samples from: an inversion of the clip (or the clip noised as if inverted), or noise."""
+    if method.start == "drawn":
+        return None, None
+    if method.start == "noise":
+        return None, pipe.noise(clip, seed)
+    if method.start == "inversion":
+        return pipe.invert(clip, num_inference_steps=steps), None
+    return noised(pipe, clip, steps=steps, seed=seed), None
+
+
+def noised(pipe: TuneAVideoPipeline, clip: Clip, *, steps: int, seed: int) -> Inversion:
+    """Noise a clip to each sampling timestep, with one noise for all, where SDEdit starts (Meng et al. 2022)."""
+    clean, noise = pipe.encode_clip(clip).cpu(), pipe.noise(clip, seed)
+    rows = [clean] + [
+        alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
+        for _, _, alpha in timestep_pairs(pipe.inversion_scheduler(), steps)
+    ]
+    return Inversion(torch.cat(rows), steps, {"method": "noised", "fps": clip.fps})
