@@ -12,7 +12,7 @@ from tav_peft.errors import TavError
 def refused(error: type[TavError], beginning: str, advice: str = "") -> Iterator[None]:
     """Raise whatever another library raises in the block as `error`: the beginning, the reason's first line, the advice.
 
-    A decoder may fail in any way on bytes that no encoder wrote. What the machine lacks is not the file's fault, and passes.
+    A decoder may fail in any way on bytes that no encoder wrote. A lack of memory is not the file's fault, and passes.
     """
     try:
         yield

@@ -14,9 +14,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
+from tav_peft.finite import check_finite
 from tav_peft.recipe import InversionMethod
 from tav_peft.shapes import Latents
-from tav_peft.tensor_file import read_tensors, write_tensors
+from tav_peft.tensor_file import check_hashes, read_tensors, write_tensors
 
 Predict = Callable[[Latents, int], Latents]  # the model's output for latents at a timestep
 TimestepPair = tuple[int, float, float]  # a timestep, alpha before it, alpha at it
@@ -69,7 +70,9 @@ class Inversion:
             AdapterError: naming what is other, and what to do.
 
         """
-        wrong = [what for key, what in _MADE_WITH.items() if (self.info.get(key) or None) != (wanted[key] or None)]
+        wrong = [
+            what for key, what in _MADE_WITH.items() if (self.info.get(key) or None) != (wanted[key] or None)
+        ]
         if wrong:
             own = f"base {self.info.get('base')}, clip {self.info.get('name') or 'without a name'}"
             raise AdapterError(
@@ -82,7 +85,7 @@ class Inversion:
         header = {
             "tav_peft_inversion": json.dumps({"steps": self.num_inference_steps, **self.info}, sort_keys=True)
         }
-        return write_tensors(path, {"trajectory": self.trajectory}, header)
+        return write_tensors(path, {"trajectory": self.trajectory}, header, hashed=True)
 
     @property
     def depth(self) -> float:
@@ -91,17 +94,29 @@ class Inversion:
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
-        """Read a file that `save` wrote."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            AdapterError: when the file is damaged, has changed since, or is something else.
+
+        """
         tensors, metadata = read_tensors(Path(path))
         if "tav_peft_inversion" not in metadata or "trajectory" not in tensors:
             raise AdapterError(f"{path} is no inversion. Make one with `tav invert`.")
         try:
             info = json.loads(metadata["tav_peft_inversion"])
-            return cls(tensors["trajectory"], int(info.pop("steps")), info)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            made = cls(tensors["trajectory"], int(info.pop("steps")), info)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise AdapterError(
                 f"{path}: its header is not that of an inversion. Make it again with `tav invert`."
             ) from None
+        check_hashes(tensors, metadata, Path(path).name)
+        if made.trajectory.ndim != 5 or not 1 < len(made.trajectory) <= made.num_inference_steps + 1:
+            raise AdapterError(
+                f"{path}: latents of shape {tuple(made.trajectory.shape)} are no inversion of {made.num_inference_steps} "
+                "steps. Make it again with `tav invert`."
+            )
+        return made
 
 
 def predicted_noise(output: Latents, latents: Latents, alpha: float, prediction_type: str) -> Latents:
@@ -186,6 +201,7 @@ def invert(
                 break
             start = current
         trajectory.append(current.to(latents.dtype))
+        check_finite(trajectory[-1], done, len(pairs), "the inversion")
         if progress is not None:
             progress(done, len(pairs))
     return torch.cat(trajectory)

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast, get_args
 
 import torch
@@ -17,11 +16,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from tav_peft import autoencoding, bases
 from tav_peft.adapter import ClipInfo
 from tav_peft.bases import single_file
-from tav_peft.bases.folder import loading_options
+from tav_peft.bases.folder import check_loaded, loading_options
 from tav_peft.bases.prediction_type import check as check_prediction_type
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import AdapterError, BaseModelError, TavError
+from tav_peft.foreign import refused
 from tav_peft.formats import inflated
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert, timestep_pairs
 from tav_peft.loading import AdapterLoading
@@ -101,11 +101,11 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
         if prediction_type is not None:
             check_prediction_type(prediction_type)
-        try:
+        with refused(BaseModelError, f"{base} cannot be loaded as a base"):
             pipe = cls._load(location, prediction_type, kwargs)
-        except (OSError, ValueError, ImportError, UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BaseModelError(f"{base} cannot be loaded as a base: {reason}") from error
+        check_loaded(
+            Path(location), {name: part for name, part in pipe.components.items() if name not in kwargs}
+        )
         if prediction_type is not None:
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
         for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tav_peft.conditions import Conditions
 from tav_peft.control.steering import Steering
 from tav_peft.errors import TavError
+from tav_peft.finite import check_finite
 from tav_peft.masks import KeptSource
 from tav_peft.shapes import Latents
 
@@ -104,6 +105,7 @@ class Sampling:
                 without, with_text = output.chunk(2)
                 output = without + self.guidance_scale * (with_text - without)
             latents = self.scheduler.step(output, timestep, latents, **extra).prev_sample
+            check_finite(latents, step + 1, len(timesteps), "sampling")
             if self.keep is not None:
                 reached = int(timesteps[step + 1]) if step + 1 < len(timesteps) else None
                 latents = self.keep.blend(latents, reached, _scale_now(self.scheduler))

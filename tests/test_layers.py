@@ -10,7 +10,7 @@ LAYERS = (
     (
         "tuning",
         "cross_attention",
-        "inversion_cache",
+        "invert_once",
         "report",
         "reconstruction",
         "merging",
@@ -33,6 +33,7 @@ LAYERS = (
     ("unet.inflation", "inversion", "adapter", "autoencoding", "bases.single_file"),
     ("bases.folder", "header", "sharing.fetching"),
     ("sharing.hub",),
+    ("inversion_cache",),
     ("sharing.address",),
     ("bases.checkpoint_file", "bases.unfit", "control.maps", "video.companion"),
     (
@@ -44,7 +45,7 @@ LAYERS = (
         "video.clip",
     ),
     ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
-    ("whole", "lock", "hashes", "foreign", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
+    ("whole", "lock", "hashes", "foreign", "finite", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

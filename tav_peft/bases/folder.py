@@ -8,6 +8,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from tav_peft.bases import unfit
 from tav_peft.bases.checkpoint_file import check_checkpoint
 from tav_peft.errors import BaseModelError
@@ -72,6 +74,48 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise BaseModelError(f"{file} is missing or broken. {_LAYOUT}") from None
     return found
+
+
+def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Refuse a base of which libraries made up what its files lack, or whose tokenizer has more words than it embeds.
+
+    `parts` are the loaded parts by name; those that are None, or not of this folder, are left out.
+
+    Raises:
+        BaseModelError: naming the part.
+
+    """
+    for name, model in parts.items():
+        if name not in _CLASSES or model is None or not (folder / name).is_dir():
+            continue
+        missing = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+        if name.startswith("text_encoder"):  # whose missing tensors transformers draws at random
+            missing = sorted({_plain(key) for key in model.state_dict()} - _names_in(folder / name, model))
+        if missing:
+            raise BaseModelError(
+                f"{folder} lacks {len(missing)} tensors of its {name}, first {missing[0]}. Get the file again."
+            )
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and tokenizer is not None:
+            last, words = max(tokenizer.get_vocab().values()), model.config.vocab_size
+            if last >= words:
+                raise BaseModelError(
+                    f"{folder}: its tokenizer has a word of number {last}, its {name} embeds {words}. They are not of "
+                    "one model; get the base again."
+                )
+
+
+def _names_in(folder: Path, model: Any) -> set[str]:
+    """Name the tensors in a part's safetensors files; those of pickles are not looked at, and taken for whole."""
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names |= {_plain(key) for key in opened.keys()}  # noqa: SIM118
+    return names or {_plain(key) for key in model.state_dict()}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("text_model.")  # which transformers 5 does without
 
 
 def _reason(folder: Path, present: Mapping[str, str], given: Container[str]) -> str | None:
