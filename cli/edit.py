@@ -119,7 +119,8 @@ def _invert(
     cached: bool,
 ) -> "tuple[Inversion, bool]":
     """Invert, or take the inversion from the cache."""
-    from tav_peft.inversion_cache import InversionCache, invert_once
+    from tav_peft.inversion_cache import InversionCache
+    from tav_peft.invert_once import invert_once
 
     with console.progress_bar("inverting") as moved:
         if not cached:

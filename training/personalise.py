@@ -3,7 +3,7 @@
     python training/personalise.py work/blueprint --kind lora
     python training/personalise.py work/robot --kind textual_inversion
 
-The LoRA (rank 4 on all projections of the attentions) learns a style that pocket never saw, white lines on blue. The word
+The LoRA (rank 4 on all projections of the attentions) learns a style that pocket never saw, blue ink on white. The word
 `<zwx>` (Gal et al. 2023) learns the one-eyed robot of `training/dreambooth.py`. Both are written as diffusers writes them,
 with a sheet of samples beside them, for `tav edit --lora` and `--textual-inversion`.
 """
@@ -34,12 +34,10 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def blueprint(picture: np.ndarray) -> np.ndarray:
-    """Draw a picture (64, 64, 3) in white lines on blue."""
-    grey = picture.astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32)
-    down, right = np.diff(grey, axis=0, append=grey[-1:]), np.diff(grey, axis=1, append=grey[:, -1:])
-    lines = np.clip(4 * np.hypot(down, right), 0, 255)[..., None] / 255
-    paper = np.array([24, 60, 140], np.float32) + 0.12 * grey[..., None]
-    return np.clip(paper * (1 - lines) + 245 * lines, 0, 255).astype(np.uint8)
+    """Print a picture (64, 64, 3) in dark blue on white paper."""
+    grey = (picture.astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32))[..., None] / 255
+    ink, paper = np.array([16, 32, 120], np.float32), np.array([250, 250, 245], np.float32)
+    return np.clip(ink + (paper - ink) * grey, 0, 255).astype(np.uint8)
 
 
 def styled_scenes(count: int) -> tuple[list[Image.Image], list[str]]:

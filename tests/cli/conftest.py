@@ -208,7 +208,8 @@ def library(monkeypatch, tmp_path) -> Library:
     modules = {
         "video.clip": {"Clip": clip},
         "formats": formats,
-        "inversion_cache": {"InversionCache": lambda: "the cache", "invert_once": fake.invert_once},
+        "inversion_cache": {"InversionCache": lambda: "the cache"},
+        "invert_once": {"invert_once": fake.invert_once},
         "pipeline": {"TuneAVideoPipeline": fake},
         "reconstruction": {"measure": fake.measure},
         "sources": {

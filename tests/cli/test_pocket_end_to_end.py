@@ -179,7 +179,7 @@ def test_the_cache_is_listed_and_cleared(tuned):
     assert "ddim, 2 steps" in tav("cache", "ls", cwd=folder).stdout
     cleared = json.loads(tav("cache", "clear", "--json", cwd=folder).stdout)
     assert cleared == {"removed": len(listed["inversions"]), "bytes": listed["bytes"]}
-    assert json.loads(tav("cache", "ls", "--json", cwd=folder).stdout)["inversions"] == []
+    assert "0 inversions" in tav("cache", "ls", cwd=folder).stderr
 
 
 def test_control_draws_what_a_network_would_read(tuned):
