@@ -314,7 +314,7 @@ def _parse_header(
 def _json(text: str, file: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(
             f"{file}: its header holds broken JSON ({error}). Ask for the file again."
         ) from None

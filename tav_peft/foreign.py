@@ -18,8 +18,10 @@ def refused(error: type[TavError], beginning: str, advice: str = "") -> Iterator
         yield
     except (TavError, MemoryError):
         raise
-    except Exception as failure:
-        if is_out_of_memory(failure):
+    except BaseException as failure:
+        # a library in Rust that gives up raises no Exception
+        theirs = isinstance(failure, Exception) or type(failure).__name__ == "PanicException"
+        if not theirs or is_out_of_memory(failure):
             raise
         lines = str(failure).strip().splitlines() or [type(failure).__name__]
         reason = lines[0].strip().rstrip(".")[:300]

@@ -53,7 +53,16 @@ def read_header(path: Path) -> Header | None:
         header.summary()
         whole = whole and (not is_hashed(metadata) or metadata.get(HEADER_HASH) == hash_header(metadata))
         return header if whole and provenance["format_version"] <= FORMAT_VERSION else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, struct.error):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+        struct.error,
+    ):
         return None
 
 
@@ -108,6 +117,8 @@ def summarise(
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[int, int]:
+    if not all(isinstance(side, int) and side >= 0 for side in entry["shape"]):
+        raise ValueError("a shape is not of whole numbers")  # a text times a number would be a long text
     parameters = math.prod(entry["shape"])
     return parameters, parameters * _BYTES[entry["dtype"]]
 

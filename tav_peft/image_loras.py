@@ -184,7 +184,7 @@ def _read(loader: Any, file: Path, tensors: Mapping[str, Tensor], unet: Inflated
         raise AdapterError(f"{file} is PEFT's, and {config.name} is not beside it. Give the whole folder.")
     try:
         told = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{config} is broken ({error}). Ask for the folder again.") from None
     named = {"unet." + key.removeprefix(_PEFT): tensor for key, tensor in tensors.items()}
     return named, None, {f"unet.{key}": value for key, value in told.items()}

@@ -106,7 +106,7 @@ class Inversion:
         try:
             info = json.loads(metadata["tav_peft_inversion"])
             made = cls(tensors["trajectory"], int(info.pop("steps")), info)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise AdapterError(
                 f"{path}: its header is not that of an inversion. Make it again with `tav invert`."
             ) from None

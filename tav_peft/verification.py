@@ -99,7 +99,7 @@ def _adapter_config(folder: Path) -> Claim:
     expected = json.dumps(peft.config_of(peft.read(folder, hashes=False)), sort_keys=True)
     try:
         given = json.dumps(json.loads((folder / peft.CONFIG).read_text(encoding="utf-8")), sort_keys=True)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Claim(peft.CONFIG, "differs", note=f"broken JSON ({error})")
     return _compared(peft.CONFIG, given, expected)
 

@@ -71,7 +71,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise BaseModelError(f"{file} is missing or broken. {_LAYOUT}") from None
     return found
 
@@ -97,12 +97,17 @@ def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
             )
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
-            last, words = max(tokenizer.get_vocab().values()), model.config.vocab_size
-            if last >= words:
-                raise BaseModelError(
-                    f"{folder}: its tokenizer has a word of number {last}, its {name} embeds {words}. They are not of "
-                    "one model; get the base again."
-                )
+            _check_together(folder, name, tokenizer, model.config)
+
+
+def _check_together(folder: Path, name: str, tokenizer: Any, encoder: Any) -> None:
+    last, words = max(tokenizer.get_vocab().values()), encoder.vocab_size
+    longest, positions = tokenizer.model_max_length, encoder.max_position_embeddings
+    if last >= words or longest > positions:
+        raise BaseModelError(
+            f"{folder}: its tokenizer has words up to number {last} and texts of up to {longest:g} of them, its {name} "
+            f"{words} words and {positions} places. They are not of one model; get the base again."
+        )
 
 
 def _names_in(folder: Path, model: Any) -> set[str]:

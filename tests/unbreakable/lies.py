@@ -39,7 +39,7 @@ from tav_peft.trail import Trail
 from tav_peft.video.clip import Clip
 
 SECONDS, MEMORY = 60, 2 << 30  # that a case may take
-HASHED = {"adapter", "bundle", "peft", "resume"}  # which must never load as something else
+HASHED = {"adapter", "bundle", "peft", "resume", "inversion"}  # which must never load as something else
 RIGHT = {"equal", "refused", "other"}
 BASE: Any = None  # a pipeline that foreign files are read for
 
@@ -321,7 +321,8 @@ def _lines(sources: Path, kind: str, numbers: range, seed: int) -> Iterator[dict
         reading, told = os.pipe()
         child = os.fork()
         if not child:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            for stream in (1, 2):  # what libraries print
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             code = 1
             with contextlib.suppress(BaseException):
                 work(sources, kind, numbers, seed, told)
