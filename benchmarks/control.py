@@ -39,6 +39,7 @@ WAYS = {
     "t2i-adapter": (("pocket-t2i-adapter", 1.0),),
     "both": (("pocket-controlnet", 0.5), ("pocket-t2i-adapter", 0.5)),
 }
+STARTS = ["noise", "inversion", "steered inversion"]
 PLACES = ("snow", "beach")  # where the edits go; the second where the clip is in the first already
 
 
@@ -70,7 +71,7 @@ def edits_of(truth: PocketClip) -> dict[str, PocketClip]:
 
 
 def runs(
-    pipe: TuneAVideoPipeline, truth: PocketClip, seeds: list[int], recipe: Recipe
+    pipe: TuneAVideoPipeline, truth: PocketClip, seeds: list[int], starts: list[str], recipe: Recipe
 ) -> Iterator[tuple[Any, ...]]:
     """Make every edit of a clip in every way; give what it is and the clip."""
     clip = Clip.read(sample(truth.name), **recipe.clip.model_dump())
@@ -81,7 +82,7 @@ def runs(
     }
     edits = edits_of(truth)
     yield truth, "source", truth, "clip", "none", "", clip, edges
-    for way, seed in itertools.product(WAYS, seeds):
+    for way, seed in itertools.product(WAYS, seeds if "noise" in starts else ()):
         made = pipe(
             [ideal.caption for ideal in edits.values()], latents=pipe.noise(clip, seed), controls=controls[way],
             num_inference_steps=25, guidance_scale=4, batch_size=3,
@@ -89,15 +90,17 @@ def runs(
         for (edit, ideal), shown in zip(edits.items(), made.clips, strict=True):
             yield truth, edit, ideal, "noise", way, seed, shown, edges
     pipe.load_adapter(tune(pipe, clip, truth.caption, recipe))
-    inversion = pipe.invert(clip, num_inference_steps=25)
-    for way in WAYS:
-        wanted = dict(itertools.islice(edits.items(), 1, None))
+    wanted = dict(itertools.islice(edits.items(), 1, None))
+    for start, way in itertools.product((s for s in starts if s != "noise"), WAYS):
+        # without a control both inversions are one
+        steered = controls[way] if start == "steered inversion" else ()
+        inversion = pipe.invert(clip, num_inference_steps=25, controls=steered)
         made = pipe(
             [ideal.caption for ideal in wanted.values()], inversion=inversion, controls=controls[way],
             guidance_scale=4, batch_size=2,
         )  # fmt: skip
         for (edit, ideal), shown in zip(wanted.items(), made.clips, strict=True):
-            yield truth, edit, ideal, "inversion", way, "", shown, edges
+            yield truth, edit, ideal, start, way, "", shown, edges
     pipe.unload_adapter()
 
 
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the table, a CSV file")
     parser.add_argument("--sheet", type=Path, help="a picture of the first clip's edits")
     parser.add_argument("--clips", nargs="+", default=[clip.name for clip in SHIPPED])
+    parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--set", nargs="*", default=[], help="recipe settings such as training.steps=100")
     options = parser.parse_args()
@@ -141,7 +145,9 @@ def main() -> None:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for truth in (clip for clip in SHIPPED if clip.name in options.clips):
-            for _, edit, ideal, start, way, seed, clip, edges in runs(pipe, truth, options.seeds, recipe):
+            for _, edit, ideal, start, way, seed, clip, edges in runs(
+                pipe, truth, options.seeds, options.starts, recipe
+            ):
                 motion = measure(clip, ideal)
                 figures = edge_f1(clip, edges), motion.median, motion.right_object
                 rows.append((truth.name, edit, start, way, seed, *(round(figure, 3) for figure in figures)))

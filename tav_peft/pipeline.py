@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tav_peft import autoencoding, bases
+from tav_peft import autoencoding
 from tav_peft.adapter import ClipInfo
-from tav_peft.bases import single_file
-from tav_peft.bases.folder import check_loaded, loading_options
-from tav_peft.bases.prediction_type import check as check_prediction_type
+from tav_peft.base_loading import BaseLoading
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.control.steering import Control, Steering
-from tav_peft.errors import AdapterError, BaseModelError, TavError
-from tav_peft.foreign import refused
-from tav_peft.formats import inflated
+from tav_peft.errors import BaseModelError, TavError
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert, timestep_pairs
 from tav_peft.loading import AdapterLoading
 from tav_peft.masks import KeptSource
@@ -43,7 +38,7 @@ class EditOutput:
     latents: Latents
 
 
-class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[misc]
+class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
     """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
 
     The base is a Stable Diffusion 1.x, 2.x or XL, the last with its second text encoder and tokenizer. `pipe.unet` is
@@ -82,68 +77,6 @@ class TuneAVideoPipeline(AdapterLoading, DiffusionPipeline):  # type: ignore[mis
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self._prepare_loading(self.unet, {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2})
-
-    @classmethod
-    def from_pretrained(
-        cls, base: str | Path, *, prediction_type: str | None = None, **kwargs: Any
-    ) -> TuneAVideoPipeline:
-        """Load a base: a folder in diffusers layout, a single file, a hub id, or the embedded `"pocket"`.
-
-        `prediction_type` says what the base predicts, `epsilon` or `v_prediction`, where its files do not or are wrong.
-        Other keyword arguments are those of `DiffusionPipeline.from_pretrained` (dtype, revision, …), and for a single
-        file those of `single_file.components`.
-
-        Raises:
-            BaseModelError: when there is no such base, or it cannot be inflated.
-
-        """
-        location = bases.locate(base)
-        kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
-        if prediction_type is not None:
-            check_prediction_type(prediction_type)
-        with refused(BaseModelError, f"{base} cannot be loaded as a base"):
-            pipe = cls._load(location, prediction_type, kwargs)
-        check_loaded(
-            Path(location), {name: part for name, part in pipe.components.items() if name not in kwargs}
-        )
-        if prediction_type is not None:
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
-        for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):
-            if model is not None:
-                model.requires_grad_(False)
-        return pipe
-
-    @classmethod
-    def _load(cls, location: str, prediction_type: str | None, kwargs: dict[str, Any]) -> TuneAVideoPipeline:
-        path = Path(location)
-        if path.is_file():
-            pipe = cls(**single_file.components(path, prediction_type=prediction_type, **kwargs))
-            pipe.register_to_config(_name_or_path=location)
-            return pipe
-        section = inflated.section_of(path / "unet")
-        if section is not None and "unet" not in kwargs:
-            kwargs["unet"] = inflated.read_unet(path / "unet", section, kwargs["dtype"])
-        options = loading_options(path, kwargs) if path.is_dir() else {}
-        return super().from_pretrained(location, **{**options, **kwargs})
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the base as an inflated checkpoint, which `from_pretrained` loads with its variant.
-
-        Raises:
-            AdapterError: when adapters are loaded, or the disk refuses.
-
-        """
-        if self.adapters:
-            raise AdapterError(
-                f"Adapters are loaded ({', '.join(self.adapters)}). Unload them, or bake them in with `tav merge --into`."
-            )
-        unet = self.unet
-        assert unet.temporal_seed is not None
-        section = inflated.Section(
-            model=unet.variant, temporal_seed=unet.temporal_seed, temporal_tuned=unet.temporal_tuned
-        )
-        state = {name: tensor.detach() for name, tensor in unet.state_dict().items()}
-        inflated.save(state, Path(save_directory), self, section)
 
     # -- text and pixels ---------------------------------------------------------------------------------
 

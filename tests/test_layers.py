@@ -20,7 +20,7 @@ LAYERS = (
     ),
     ("sharing.card",),
     ("pipeline",),
-    ("loading", "sampling"),
+    ("loading", "base_loading", "sampling"),
     ("control.steering", "masks"),
     ("optimizing",),
     ("formats", "unet.trainable", "trail", "sources", "image_loras"),
