@@ -1,7 +1,11 @@
 """LoRA/PEFT adapters for one-shot video tuning; the public names, imported on first use."""
 
+import os
 from importlib import import_module
 from typing import Any
+
+# downloads from the hub tell it the versions of Python and of libraries otherwise; who wants that sets it to 0
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "Adapter": "adapter",
