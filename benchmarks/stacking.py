@@ -2,7 +2,7 @@
 
     python training/dreambooth.py work/dreambooth
     python training/personalise.py work/blueprint --kind lora
-    python training/personalise.py work/robot --kind textual_inversion
+    python training/personalise.py work/robot --kind textual_inversion --lr 1e-2
     python benchmarks/stacking.py work docs/stacking.png
 
 Draws one picture, and prints how far each edit's object is from the clip's path where the renderer knows its looks.

@@ -1,7 +1,7 @@
 """Teach pocket a style by an ordinary LoRA, or a subject by textual inversion, as people do with Stable Diffusion.
 
     python training/personalise.py work/blueprint --kind lora
-    python training/personalise.py work/robot --kind textual_inversion
+    python training/personalise.py work/robot --kind textual_inversion --lr 1e-2
 
 The LoRA (rank 4 on all projections of the attentions) learns a style that pocket never saw, blue ink on white. The word
 `<zwx>` (Gal et al. 2023) learns the one-eyed robot of `training/dreambooth.py`. Both are written as diffusers writes them,
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--sampling-steps", type=int, default=25, help="of the samples")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -116,7 +117,7 @@ def main() -> None:
         learned = pipe.text_encoder.get_input_embeddings().weight[token].detach().clone()
         save_file({WORD: learned[None]}, options.folder / "learned_embeds.safetensors")
     pipe.text_encoder.requires_grad_(False)
-    page(draw(pipe, asked, guidance=4.0, steps=25), 8).save(options.folder / "samples.png")
+    page(draw(pipe, asked, guidance=4.0, steps=options.sampling_steps), 8).save(options.folder / "samples.png")
 
 
 def some_scenes(count: int) -> list[Scene]:
