@@ -34,7 +34,7 @@ class Estimate:
 
 def statistic_of(measure: str) -> Callable[[Any], Any]:
     """Give what is taken of a measure's values: of distances the median, as a few lost objects would rule the mean."""
-    return np.median if measure == "motion_error" else np.mean
+    return np.nanmedian if measure == "motion_error" else np.nanmean
 
 
 def estimate(rows: Iterable[Row], measure: str) -> Estimate | None:
@@ -45,10 +45,8 @@ def estimate(rows: Iterable[Row], measure: str) -> Estimate | None:
     values = _by_clip(rows, measure)
     if not values:
         return None
-    statistic, groups = statistic_of(measure), list(values.values())
-    draws = [statistic(np.concatenate([groups[i] for i in picked])) for picked in _picks(len(groups))]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(float(statistic(np.concatenate(groups))), float(low), float(high), len(groups))
+    statistic, table = statistic_of(measure), _padded(values, list(values))
+    return _interval(statistic(table), statistic(_resampled(table), axis=1), len(values))
 
 
 def difference(rows: Iterable[Row], others: Iterable[Row], measure: str) -> Estimate | None:
@@ -57,15 +55,9 @@ def difference(rows: Iterable[Row], others: Iterable[Row], measure: str) -> Esti
     both = [key for key in one if key in two]
     if not both:
         return None
-    statistic = statistic_of(measure)
-
-    def between(keys: Sequence[Any]) -> float:
-        first, second = (np.concatenate([each[key] for key in keys]) for each in (one, two))
-        return float(statistic(second) - statistic(first))
-
-    draws = [between([both[i] for i in picked]) for picked in _picks(len(both))]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(between(both), float(low), float(high), len(both))
+    statistic, tables = statistic_of(measure), [_padded(each, both) for each in (one, two)]
+    first, second = ([statistic(table), statistic(_resampled(table), axis=1)] for table in tables)
+    return _interval(second[0] - first[0], second[1] - first[1], len(both))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path:
@@ -157,8 +149,23 @@ def _by_clip(rows: Iterable[Row], measure: str) -> dict[tuple[str, str], Any]:
     return {key: np.array(values) for key, values in found.items()}
 
 
-def _picks(clips: int) -> Any:
-    return np.random.default_rng(0).integers(0, clips, (RESAMPLES, clips))
+def _padded(values: Mapping[Any, Any], clips: Sequence[Any]) -> Any:
+    """Lay the values of each clip into a row, NaN where it has fewer than others."""
+    table = np.full((len(clips), max(len(values[clip]) for clip in clips)), np.nan)
+    for row, clip in zip(table, clips, strict=True):
+        row[: len(values[clip])] = values[clip]
+    return table
+
+
+def _resampled(table: Any) -> Any:
+    """Draw as many clips as there are, again and again, each time the same: (draws, values)."""
+    picked = np.random.default_rng(0).integers(0, len(table), (RESAMPLES, len(table)))
+    return table[picked].reshape(RESAMPLES, -1)
+
+
+def _interval(value: Any, draws: Any, clips: int) -> Estimate:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high), clips)
 
 
 def _spaced(name: str) -> str:
