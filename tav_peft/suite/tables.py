@@ -32,7 +32,7 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def statistic_of(measure: str) -> Callable[[Any], Any]:
+def statistic_of(measure: str) -> Callable[..., Any]:
     """Give what is taken of a measure's values: of distances the median, as a few lost objects would rule the mean."""
     return np.nanmedian if measure == "motion_error" else np.nanmean
 
