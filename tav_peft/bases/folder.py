@@ -103,10 +103,10 @@ def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
 def _check_together(folder: Path, name: str, tokenizer: Any, encoder: Any) -> None:
     last, words = max(tokenizer.get_vocab().values()), encoder.vocab_size
     longest, positions = tokenizer.model_max_length, encoder.max_position_embeddings
-    if last >= words or longest > positions:
+    if last >= words or not isinstance(longest, (int, float)) or longest > positions:
         raise BaseModelError(
-            f"{folder}: its tokenizer has words up to number {last} and texts of up to {longest:g} of them, its {name} "
-            f"{words} words and {positions} places. They are not of one model; get the base again."
+            f"{folder}: its tokenizer has words up to number {last} and texts of up to {str(longest)[:40]} of them, its "
+            f"{name} {words} words and {positions} places. They are not of one model; get the base again."
         )
 
 
