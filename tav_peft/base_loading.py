@@ -44,9 +44,8 @@ class BaseLoading(DiffusionPipeline):  # type: ignore[misc]
             check_prediction_type(prediction_type)
         with refused(BaseModelError, f"{base} cannot be loaded as a base"):
             pipe = cls._load_parts(location, prediction_type, kwargs)
-        check_loaded(
-            Path(location), {name: part for name, part in pipe.components.items() if name not in kwargs}
-        )
+            read = {name: part for name, part in pipe.components.items() if name not in kwargs}
+            check_loaded(Path(location), read)
         if prediction_type is not None:
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
         for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):

@@ -73,6 +73,6 @@ def _info(path: Path) -> Mapping[str, Any]:
             (length,) = struct.unpack("<Q", file.read(8))
             told = json.loads(file.read(length)) if length <= _LONGEST else {}
         info = json.loads(told["__metadata__"]["tav_peft_inversion"])
-    except (OSError, ValueError, LookupError, TypeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, struct.error):
         return {}
     return info if isinstance(info, dict) else {}

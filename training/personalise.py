@@ -4,8 +4,8 @@
     python training/personalise.py work/robot --kind textual_inversion --lr 1e-2
 
 The LoRA (rank 4 on all projections of the attentions) learns a style that pocket never saw, blue ink on white. The word
-`<zwx>` (Gal et al. 2023) learns the one-eyed robot of `training/dreambooth.py`. Both are written as diffusers writes them,
-with a sheet of samples beside them, for `tav edit --lora` and `--textual-inversion`.
+`<zwx>` (Gal et al. 2023) learns the one-eyed robot of `training/dreambooth.py`. Both are written as diffusers does, with
+a sheet of samples beside them, for `tav edit --lora` and `--textual-inversion`.
 """
 
 from __future__ import annotations

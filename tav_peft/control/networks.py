@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tav_peft.autoencoding import pixels_per_latent
 from tav_peft.errors import BaseModelError
+from tav_peft.foreign import refused
 from tav_peft.shapes import Latents
 
 Network: TypeAlias = Any  # a ControlNetModel or a T2IAdapter; their bases are untyped
@@ -56,34 +57,31 @@ def load_network(name: str | Path, dtype: torch.dtype = torch.float32) -> Networ
         raise BaseModelError(
             f"{name} is a {kind or 'model of no known class'}. Give a ControlNetModel or a T2IAdapter."
         )
-    location = str(place) if place.is_dir() else str(name)
-    try:
-        network = KINDS[kind].from_pretrained(location, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"{name} cannot be loaded as a {kind}: {reason}") from error
+    with refused(BaseModelError, f"{name} cannot be loaded as a {kind}"):
+        network, told = KINDS[kind].from_pretrained(
+            place if place.is_dir() else str(name), torch_dtype=dtype, output_loading_info=True
+        )
+    if told["missing_keys"]:  # which the library has drawn at random
+        raise BaseModelError(
+            f"{name} lacks {len(told['missing_keys'])} of its tensors, such as {sorted(told['missing_keys'])[0]}. "
+            "Get the whole network."
+        )
     return network.eval().requires_grad_(False)
 
 
 def _kind_in(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise BaseModelError(
-            f"{folder} has no config.json. Give the folder of a ControlNet or T2I-Adapter."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{folder / 'config.json'} cannot be read: {error}.") from error
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BaseModelError(f"{folder} has no config.json. Give the folder of a ControlNet or T2I-Adapter.")
+    with refused(BaseModelError, f"{file} cannot be read"):
+        config = json.loads(file.read_text(encoding="utf-8"))
     kind = config.get("_class_name") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else None
 
 
 def _kind_on_the_hub(name: str) -> str | None:
-    try:
+    with refused(BaseModelError, f"No control network at {name}, here or on the hub"):
         config = ControlNetModel.load_config(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"No control network at {name}, here or on the hub: {reason}") from error
     return config.get("_class_name")
 
 

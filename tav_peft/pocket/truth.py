@@ -61,7 +61,7 @@ def beside(video: Path) -> PocketClip | None:
         others = tuple(Actor(**other) for other in said["others"])
         scene = Scene((first, *others), said["background"], said["style"], said["detail"])
         return PocketClip(video.stem, scene, tuple((float(x), float(y)) for x, y in said["path"]))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ClipError(
             f"{path} is no truth of a pocket clip: {error!r}. Remove it, or write it again."
         ) from None

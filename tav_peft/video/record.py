@@ -39,7 +39,7 @@ class Record:
         try:
             said = json.loads(video.with_suffix(".json").read_text(encoding="utf-8"))[_KEY]
             return cls(str(said["prompt"]), dict(said["settings"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def __str__(self) -> str:

@@ -121,7 +121,10 @@ def test_brackets_in_a_message_are_no_markup(library, tav):
         (RuntimeError("I/O error: No space left on device (os error 28)"), "The disk is full."),
         (PermissionError(errno.EACCES, "Permission denied", "/x/[y]"), "/x/[y]: Permission denied.\n"),
         (MemoryError(), "Out of memory. Use fewer frames"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "Out of memory. Use fewer frames"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "Out of memory. Use fewer frames",
+        ),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "Out of memory. Use fewer frames"),
     ],
 )

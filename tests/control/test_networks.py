@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from safetensors.torch import save_file
 
 from tav_peft.control.networks import POCKET_NETWORKS, load_network
 from tav_peft.control.steering import Control
@@ -43,6 +44,12 @@ def test_what_is_no_control_network_is_refused_in_one_line(base, make_controlnet
         with pytest.raises(BaseModelError, match=said) as refusal:
             load_network(tmp_path / name)
         assert "\n" not in str(refusal.value)
+    whole = make_controlnet()
+    whole.save_pretrained(tmp_path / "lacking")
+    state = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("mid_block.")}
+    save_file(state, tmp_path / "lacking" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(BaseModelError, match=r"lacks \d+ of its tensors, such as mid_block\."):
+        load_network(tmp_path / "lacking")
     with pytest.raises(
         BaseModelError, match=r"is a UNet2DConditionModel. Give a ControlNetModel or a T2IAdapter"
     ):
