@@ -45,7 +45,17 @@ LAYERS = (
         "video.clip",
     ),
     ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
-    ("whole", "lock", "hashes", "foreign", "finite", "shapes", "low_rank", "bases.ldm_keys", "bases.prediction_type"),
+    (
+        "whole",
+        "lock",
+        "hashes",
+        "foreign",
+        "finite",
+        "shapes",
+        "low_rank",
+        "bases.ldm_keys",
+        "bases.prediction_type",
+    ),
     ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

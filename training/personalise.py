@@ -117,7 +117,9 @@ def main() -> None:
         learned = pipe.text_encoder.get_input_embeddings().weight[token].detach().clone()
         save_file({WORD: learned[None]}, options.folder / "learned_embeds.safetensors")
     pipe.text_encoder.requires_grad_(False)
-    page(draw(pipe, asked, guidance=4.0, steps=options.sampling_steps), 8).save(options.folder / "samples.png")
+    page(draw(pipe, asked, guidance=4.0, steps=options.sampling_steps), 8).save(
+        options.folder / "samples.png"
+    )
 
 
 def some_scenes(count: int) -> list[Scene]:

@@ -47,7 +47,18 @@ def test_a_trained_control_network_steers_pocket_and_a_training_goes_on_where_it
 
 def test_a_lora_and_a_word_of_pocket_are_files_that_the_pipeline_loads(tmp_path):
     for kind in ("lora", "textual_inversion"):
-        script("personalise.py", tmp_path / kind, "--kind", kind, "--steps", 2, "--batch", 1, "--sampling-steps", 1)
+        script(
+            "personalise.py",
+            tmp_path / kind,
+            "--kind",
+            kind,
+            "--steps",
+            2,
+            "--batch",
+            1,
+            "--sampling-steps",
+            1,
+        )
         assert (tmp_path / kind / "samples.png").exists()
     pipe = TuneAVideoPipeline.from_pretrained("pocket")
     pipe.load_lora_weights(tmp_path / "lora", "style")
