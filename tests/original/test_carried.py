@@ -7,8 +7,8 @@ from .recordings import CARRIED, SHARED
 
 
 def test_it_stays_below_3_mb():
-    files = [file for file in CARRIED.rglob("*") if file.is_file()]
-    assert len(files) > 10
+    files = [file for file in CARRIED.rglob("*") if file.is_file() and "format-1" not in file.parts]
+    assert len(files) > 10  # beside them lie files of this package's own format
     assert sum(file.stat().st_size for file in files) < 3_000_000
 
 

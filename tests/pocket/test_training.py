@@ -27,7 +27,7 @@ def pocket():
     return TuneAVideoPipeline.from_pretrained("pocket")
 
 
-@pytest.mark.parametrize("kind", ["controlnet", "t2i_adapter"])
+@pytest.mark.parametrize("kind", ["t2i_adapter", pytest.param("controlnet", marks=pytest.mark.slow)])
 def test_a_trained_control_network_steers_pocket_and_a_training_goes_on_where_it_was(pocket, tmp_path, kind):
     few = ("--kind", kind, "--batch", 2, "--scenes", 25)
     script("train_control.py", tmp_path, *few, "--steps", 2)
@@ -45,6 +45,7 @@ def test_a_trained_control_network_steers_pocket_and_a_training_goes_on_where_it
     assert not torch.equal(plain, steered)
 
 
+@pytest.mark.slow
 def test_a_lora_and_a_word_of_pocket_are_files_that_the_pipeline_loads(tmp_path):
     for kind in ("lora", "textual_inversion"):
         script(

@@ -86,15 +86,20 @@ def test_an_unknown_method_names_the_known(suite):
         Suite(suite.cases, ("fool",), RECIPE)
 
 
+def size_of(picture):
+    with Image.open(picture) as opened:
+        return opened.size
+
+
 def test_the_results_are_a_table_a_plot_and_a_sheet_for_each_kind(suite, out):
     made = run_suite(suite, out)
     assert made["edits"] == 32
     assert "32 edits: 2 clips, 1 seed, 4 methods" in made["table"].read_text()
     assert len(made["csv"].read_text().splitlines()) == 33
-    assert Image.open(made["plot"]).width > 500
+    assert size_of(made["plot"])[0] > 500
     assert [sheet.name for sheet in made["sheets"]] == [f"sheet-{kind}.png" for kind in KINDS]
     # the source and four methods, of two clips with four frames each
-    assert Image.open(made["sheets"][0]).size == (6 + 8 * 70, 6 + 5 * 94)
+    assert size_of(made["sheets"][0]) == (6 + 8 * 70, 6 + 5 * 94)
 
 
 def test_loveus_layout_goes_through_the_same_runner(loveu, tmp_path, out):
