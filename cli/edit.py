@@ -57,6 +57,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
     from tav_peft import formats
+    from tav_peft.conditions import token_places
     from tav_peft.inversion import Inversion
     from tav_peft.recipe import EditingSection
     from tav_peft.sources import clip_nearby, source_of
@@ -75,7 +76,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     recorded = tuned.provenance.clip
     kept = Inversion.load(inversion) if inversion else None
     how = how.replace(num_inference_steps=steps or (kept and kept.num_inference_steps))
-    needed = bool(clip or control) or not (no_inversion or kept)
+    needed = bool(clip) or not (kept or (no_inversion and not control))
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
@@ -86,13 +87,18 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     if control:
-        seen = source if isinstance(source, Clip) else pipe.decode_latents(source)[0]
+        latents = source if kept is None else kept.clean
+        seen = source if isinstance(source, Clip) else pipe.decode_latents(latents)[0]
         start["controls"] = steering.read_controls(control, controlnet, seen, pipe.unet.dtype)
     on_inversion = start.get("controls", []) if control_inversion else []
+    if mask_word:
+        token_places(
+            pipe.tokenizer, tuned.provenance.caption, mask_word
+        )  # refused before anything is inverted
     cached = False
     if no_inversion:
         how = how.replace(depth=1.0)
-        start["latents"] = pipe.noise(source, seed or 0)
+        start["latents"] = pipe.noise(source if isinstance(source, Clip) else recorded, seed or 0)
     elif kept:
         kept.check_made_with(pipe.inverted_with(on_inversion) | {"clip": source.fingerprint})
         start["inversion"] = kept

@@ -77,6 +77,20 @@ def encode_sdxl_text(
     return Conditions(text, {"text_embeds": pooled, "time_ids": sizes})
 
 
+def token_places(tokenizer: CLIPTokenizer, caption: str, word: str) -> list[int]:
+    """Find the places of a word's tokens (or of several words in a row) among those of a caption.
+
+    Raises:
+        TavError: when the caption does not have it.
+
+    """
+    tokens, wanted = (tokenizer(text).input_ids[1:-1] for text in (caption, word))  # without start and end
+    for first in range(len(tokens) - len(wanted) + 1):
+        if wanted and tokens[first : first + len(wanted)] == wanted:
+            return [1 + first + i for i in range(len(wanted))]
+    raise TavError(f"The caption {caption!r} does not have {word!r}. Give a word of it.")
+
+
 def _tokens(prompts: Sequence[str], tokenizer: CLIPTokenizer, device: torch.device) -> Tensor:
     limit = tokenizer.model_max_length
     for prompt in prompts:

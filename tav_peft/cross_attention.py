@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
+from tav_peft.conditions import token_places
 from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
 from tav_peft.pipeline import TuneAVideoPipeline
@@ -48,20 +48,6 @@ class RecordingProcessor:
         self.seen.append(per_head.mean(dim=1).float())
         out = attn.batch_to_head_dim(torch.bmm(weights, value))
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def token_places(tokenizer: CLIPTokenizer, caption: str, word: str) -> list[int]:
-    """Find the places of a word's tokens (or of several words in a row) among those of a caption.
-
-    Raises:
-        TavError: when the caption does not have it.
-
-    """
-    tokens, wanted = (tokenizer(text).input_ids[1:-1] for text in (caption, word))  # without start and end
-    for first in range(len(tokens) - len(wanted) + 1):
-        if wanted and tokens[first : first + len(wanted)] == wanted:
-            return [1 + first + i for i in range(len(wanted))]
-    raise TavError(f"The caption {caption!r} does not have {word!r}. Give a word of it.")
 
 
 @torch.no_grad()

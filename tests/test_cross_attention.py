@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tav_peft.cross_attention import attention_map, attention_mask, recording, token_places
+from tav_peft.conditions import token_places
+from tav_peft.cross_attention import attention_map, attention_mask, recording
 from tav_peft.errors import TavError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED

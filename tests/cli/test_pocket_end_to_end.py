@@ -142,8 +142,15 @@ def test_an_inversion_says_what_it_cost_and_how_well_it_comes_back(inverted):
 def test_edit_starts_from_an_inversion_that_was_made_before(inverted):
     folder, adapter, _ = inverted
     asked = ("edit", adapter, "--prompt", "a panda is moving on the grass", "--inversion", "rabbit.inversion")
-    edit = json.loads(tav(*asked, "-o", "from-inversion", "--json", cwd=folder).stdout)["edits"][0]
+    steered = (
+        "--control",
+        "canny",
+        "--controlnet",
+        "pocket-t2i-adapter",
+    )  # of what the inversion has of the clip
+    edit = json.loads(tav(*asked, *steered, "-o", "from-inversion", "--json", cwd=folder).stdout)["edits"][0]
     assert Clip.read(folder / edit["clip"]).frames == 8
+    tav(*asked[:4], *steered, "--no-inversion", "--steps", "2", "-o", "from-noise", cwd=folder)
     for options, said in (
         (("--strength", "0.5"), "was made with another adapter, or at another strength"),
         (("--steps", "7"), "has 5 steps, 7 were asked for"),
