@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +22,23 @@ import torch
 
 from tav_peft.cross_attention import attention_mask
 from tav_peft.pipeline import TuneAVideoPipeline
-from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
+from tav_peft.pocket.clips import FPS, SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
 from tav_peft.pocket.world import cut_out
 from tav_peft.recipe import Recipe
 from tav_peft.report import Shown, write_sheet
+from tav_peft.scoring.pixels import background_psnr
 from tav_peft.tuning import tune
 from tav_peft.video.clip import Clip
 
 COLUMNS = ("clip", "way", "background_psnr_db", "motion_error_px", "right_object", "masked_share")
 OTHER = {"rabbit": "panda", "fox": "tiger", "car": "bus", "penguin": "duck"}
 WORDS = {"car": "car is moving"}  # where pocket keeps what the word means, see docs/control.md
+
+
+def in_white(inside: np.ndarray) -> Clip:
+    """Show what is covered as a mask, white on black."""
+    return Clip(np.repeat(inside[..., None].astype(np.uint8) * 255, 3, axis=-1), FPS)
 
 
 def outline(truth: PocketClip) -> np.ndarray:
@@ -46,12 +51,6 @@ def outline(truth: PocketClip) -> np.ndarray:
         shadow = ((columns - x) / (0.5 * actor.size)) ** 2 + ((rows - foot) / 4) ** 2 <= 1
         covered.append((cut_out(actor) > 0.05) | shadow)
     return np.stack(covered)
-
-
-def background_psnr(clip: Clip, source: Clip, inside: np.ndarray) -> float:
-    """PSNR of two clips over the pixels outside, in decibels."""
-    error = np.square(clip.pixels.astype(np.float64) - source.pixels)[~inside].mean()
-    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def runs(
@@ -98,7 +97,12 @@ def main() -> None:
                 shown.append(Shown(f"the clip {truth.name}", source))
             for way, clip, ideal, share in runs(pipe, truth, recipe):
                 motion = measure(clip, ideal)
-                row = background_psnr(clip, source, inside), motion.median, motion.right_object, share
+                row = (
+                    background_psnr(clip, source, in_white(inside)),
+                    motion.median,
+                    motion.right_object,
+                    share,
+                )
                 table.writerow((truth.name, way, *(round(figure, 3) for figure in row)))
                 file.flush()
                 print(truth.name, way, *(f"{figure:.2f}" for figure in row), sep="\t", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -47,9 +48,9 @@ class Control:
         """Tell whether it takes part in a step, counted from the noise end, of a schedule; as diffusers counts."""
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
-    @property
+    @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """Say what it is, for an inversion that it steered."""
+        """Say what it is, for an inversion that it steered; every weight is read, once."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
