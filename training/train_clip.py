@@ -1,6 +1,7 @@
 """Train pocket's small CLIP, which `tav score` uses offline, on pictures and captions of the same renderer.
 
     python training/train_clip.py work/clip --steps 1800 --seen
+    python training/train_clip.py work/clip --steps 2600 --groups 7000
 
 Its scenes have other seeds than those pocket was trained on. With `--seen` it is shown only combinations that pocket has
 seen: an edit to one that was held out is then new to both, and its accuracy there, printed at the end, says how far to

@@ -73,17 +73,24 @@ def _correlation_at(frame: Any, ideal: PocketClip, actor: Actor) -> float:
 
 
 def _best_shift(frame: Any, ideal: PocketClip, actor: Actor) -> tuple[int, int, float]:
+    """Find the shift (dx, dy) of least misfit, of those that leave four fifths of the outline in the frame."""
     drawn, mask = _appearance(ideal, actor)
     rows, columns = np.nonzero(mask)
-    wanted = drawn[mask]
-    best = (0, 0, np.inf)
-    for dy in range(-REACH, REACH + 1):
-        for dx in range(-REACH, REACH + 1):
-            r, c = rows + dy, columns + dx
-            inside = (r >= 0) & (r < frame.shape[0]) & (c >= 0) & (c < frame.shape[1])
-            if inside.mean() < 0.8:
-                continue
-            misfit = float(np.abs(frame[r[inside], c[inside]] - wanted[inside]).mean())
-            if misfit < best[2]:
-                best = (dx, dy, misfit)
+    wanted, shifts, best = drawn[mask], np.arange(-REACH, REACH + 1), (0, 0, np.inf)
+    height, width = frame.shape[:2]
+    across = columns + shifts[:, None]
+    within = (across >= 0) & (across < width)
+    for dy in shifts:
+        down = rows + dy
+        inside = within & (down >= 0) & (down < height)
+        count = inside.sum(axis=1)
+        tried = np.flatnonzero(count >= 0.8 * len(rows))
+        if not tried.size:
+            continue
+        places = down.clip(0, height - 1) * width + across[tried].clip(0, width - 1)
+        apart = np.abs(frame.reshape(-1, 3).take(places, axis=0) - wanted).sum(axis=2)
+        misfits = (apart * inside[tried]).sum(axis=1) / (3 * count[tried])
+        least = int(misfits.argmin())
+        if misfits[least] < best[2]:
+            best = (int(shifts[tried[least]]), int(dy), float(misfits[least]))
     return best
