@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tav_peft.errors import AdapterError
 from tav_peft.tensor_file import hash_tensors, read_tensors
-from tav_peft.unet.attaching import lora_layers, remove_lora
 from tav_peft.unet.inflation import InflatedUNet
+from tav_peft.unet.peft_layers import layers_of, remove_layers
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT = "base_model.model."
@@ -94,7 +94,7 @@ class ImageLoras:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise AdapterError(f"{path} cannot be loaded as a LoRA of this base: {reason}") from error
         on = tuple(encoder for encoder, module in self.encoders.items() if _carries(module, name))
-        if not on and not lora_layers(self.unet, name):
+        if not on and not layers_of(self.unet, name):
             self._remove(name)
             raise AdapterError(f"{path} changes no module of this base. Use the base that it was made for.")
         self._loaded[name] = _Loaded(hash_tensors(tensors), strength, on)
@@ -119,7 +119,7 @@ class ImageLoras:
 
     def apply(self) -> None:
         """Bring every module to the strengths; the adapters of clips are off after that, and must be applied again."""
-        on_unet = [name for name in self._loaded if lora_layers(self.unet, name)]
+        on_unet = [name for name in self._loaded if layers_of(self.unet, name)]
         if on_unet:
             _activate(self.unet, on_unet, [self._loaded[name].strength for name in on_unet])
         for encoder, module in self.encoders.items():
@@ -135,7 +135,7 @@ class ImageLoras:
         return name
 
     def _remove(self, name: str) -> None:
-        remove_lora(self.unet, name)
+        remove_layers(self.unet, name)
         for module in self.encoders.values():
             if _carries(module, name):
                 delete_adapter_layers(module, name)

@@ -25,8 +25,9 @@ from tav_peft.sources import clip_nearby, read_as_tuned
 from tav_peft.tensor_file import FileTensors, hash_tensors
 from tav_peft.unet import probe as probes
 from tav_peft.unet import temporal_init
-from tav_peft.unet.attaching import audit_modules, has_branches, lora_config, temporal_fingerprint
+from tav_peft.unet.auditing import audit_modules, has_branches, temporal_fingerprint
 from tav_peft.unet.inflation import InflatedUNet
+from tav_peft.unet.peft_layers import lora_config
 
 Verdict = Literal["holds", "differs", "not checked", "noted"]  # noted: told, and neither right nor wrong
 

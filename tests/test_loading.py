@@ -67,7 +67,7 @@ SCRIPT = """
 
     from tav_peft.unet import temporal_init
     from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
-    from tav_peft.unet.attaching import temporal_fingerprint
+    from tav_peft.unet.auditing import temporal_fingerprint
     from tav_peft.bases import architecture
     from tav_peft.pipeline import TuneAVideoPipeline
     from tav_peft.presets import Subset

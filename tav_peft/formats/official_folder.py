@@ -17,8 +17,9 @@ from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.official_configs import configs, write_json, write_tokenizer
 from tav_peft.recipe import ModelSection
-from tav_peft.unet.attaching import Attachments, lora_layers
+from tav_peft.unet.attaching import Attachments
 from tav_peft.unet.inflation import InflatedUNet
+from tav_peft.unet.peft_layers import layers_of
 from tav_peft.whole import whole
 
 _LOG = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _tuned(unet: InflatedUNet, adapter: Adapter) -> Iterator[dict[str, Tensor]]:
             state = {
                 n.replace(".base_layer", ""): t for n, t in unet.state_dict().items() if ".lora_" not in n
             }
-            for module, layer in lora_layers(unet):
+            for module, layer in layers_of(unet):
                 updates = [layer.get_delta_weight(inner) for inner in layer.active_adapters]
                 state[f"{module}.weight"] = sum(updates, state[f"{module}.weight"])
         yield state

@@ -14,7 +14,7 @@ from tav_peft.errors import AdapterError
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.presets import Subset
 from tav_peft.unet import temporal_init
-from tav_peft.unet.attaching import temporal_fingerprint
+from tav_peft.unet.auditing import temporal_fingerprint
 
 # 8 frames a second is how the original shows every clip
 UNKNOWN_CLIP = ClipInfo(

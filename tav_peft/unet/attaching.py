@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from tav_peft.adapter import Adapter, split_name
-from tav_peft.bases import architecture
 from tav_peft.errors import AdapterError
 from tav_peft.presets import PARTS, part_of
 from tav_peft.recipe import Part
-from tav_peft.unet import temporal_init
-from tav_peft.unet.branches import add_branches, remove_branches, set_branch_strength, stacked_shape
+from tav_peft.unet.auditing import audit, has_branches
+from tav_peft.unet.branches import add_branches, remove_branches, set_branch_strength
 from tav_peft.unet.inflation import InflatedUNet, is_temporal
+from tav_peft.unet.peft_layers import inject_layers, layers_of, lora_config, parameter_of, remove_layers
 
 Strength = float | Mapping[Part, float]
 
@@ -80,7 +77,7 @@ class Attachments:
         self._count += 1
         slot = _Slot(adapter, f"tav_slot_{self._count}", strengths)
         if adapter.peft_config is not None:
-            inject_lora(self.unet, lora_config(adapter.peft_config), slot.inner)
+            inject_layers(self.unet, lora_config(adapter.peft_config), slot.inner)
             _fill_lora(self.unet, adapter, slot.inner)
         if has_branches(adapter):
             add_branches(self.unet, slot.inner, adapter.weights, adapter.provenance.temporal_branches)
@@ -111,7 +108,7 @@ class Attachments:
     def detach(self, name: str) -> None:
         """Take an adapter off; the last one leaves the UNet bit for bit as it was."""
         slot = self._slots.pop(self._known(name))
-        remove_lora(self.unet, slot.inner)
+        remove_layers(self.unet, slot.inner)
         remove_branches(self.unet, slot.inner)
         if not self._slots:
             self.unet.variant = self._own_variant
@@ -142,7 +139,7 @@ class Attachments:
     def apply(self) -> None:
         """Bring every module to the strengths."""
         inner = [slot.inner for slot in self._slots.values()]
-        for path, layer in lora_layers(self.unet):
+        for path, layer in layers_of(self.unet):
             # plain LoRAs of other tools stay on
             others = [n for n in layer.active_adapters if not n.startswith("tav_slot_")]
             layer.set_adapter(others + [n for n in inner if n in layer.r])
@@ -164,9 +161,9 @@ class Attachments:
                 wanted.setdefault(name, []).append((strength, tensor))
         for name in [*self._originals]:
             if name not in wanted:
-                _replace(_parameter(self.unet, name), self._originals.pop(name))
+                _replace(parameter_of(self.unet, name), self._originals.pop(name))
         for name, terms in wanted.items():
-            parameter = _parameter(self.unet, name)
+            parameter = parameter_of(self.unet, name)
             original = self._originals.setdefault(name, parameter.data)
             _replace(parameter, _composite(name, original, terms))
 
@@ -205,11 +202,6 @@ def by_part(strength: Strength) -> dict[Part, float]:
     return {part: float(strength.get(part, 1.0)) for part in PARTS}
 
 
-def lora_config(given: Mapping[str, Any]) -> LoraConfig:
-    """Build the LoraConfig of an adapter, without the whole modules, which are handled here."""
-    return LoraConfig(**{**given, "modules_to_save": None})
-
-
 def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Dense tensors by the UNet parameter they change: a `diff` is an update, a T-Attn tensor is absolute.
 
@@ -223,151 +215,6 @@ def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def has_branches(adapter: Adapter) -> bool:
-    """Tell whether the adapter's T-Attn runs beside the UNet's own, and does not take its place."""
-    return adapter.provenance.temporal_branches > 1
-
-
-def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the adapter's config asks for on this UNet."""
-    subset = adapter.subset
-    expected: dict[str, tuple[int, ...]] = {}
-    names = _module_names(unet)
-    ranks = (adapter.peft_config or {}).get("rank_pattern") or {}
-    rank = (adapter.peft_config or {}).get("r", 0)
-    for module in subset.lora_modules(names):
-        weight = _parameter(unet, f"{module}.weight")
-        own = next((r for key, r in ranks.items() if module.endswith(key)), rank)
-        expected[f"{module}.lora_A.weight"] = (own, weight.shape[1])
-        expected[f"{module}.lora_B.weight"] = (weight.shape[0], own)
-    for module in subset.dense_modules(names):
-        temporal = is_temporal(f"{module}.")
-        for kind, parameter in _base(unet.get_submodule(module)).named_parameters():
-            if temporal:
-                width, count = min(parameter.shape), adapter.provenance.temporal_branches
-                expected[f"{module}.{kind}"] = stacked_shape(f"{module}.{kind}", width, count)
-            elif kind == "weight":
-                expected[f"{module}.diff"] = tuple(parameter.shape)
-    return expected
-
-
-def audit(adapter: Adapter, unet: InflatedUNet) -> None:
-    """Compare an adapter with a UNet: its modules, tensor by tensor, and the initial T-Attn.
-
-    Raises:
-        AdapterError: naming what differs and what to do.
-
-    """
-    audit_modules(adapter, unet)
-    _audit_temporal(adapter, unet)
-
-
-def audit_modules(adapter: Adapter, unet: InflatedUNet) -> None:
-    """Compare an adapter with a UNet tensor by tensor: architecture, names, shapes.
-
-    Raises:
-        AdapterError: naming what differs and what to do.
-
-    """
-    info = adapter.provenance
-    for key, theirs in info.base.architecture.items():
-        ours = architecture(unet).get(key)
-        if theirs != ours:
-            raise AdapterError(
-                f"The adapter was tuned for a base with {key} {theirs}, this one has {ours}. "
-                f"Use a base like {info.base.name}, or retune."
-            )
-    _audit_targets(adapter, unet)
-    expected = expected_shapes(adapter, unet)
-    missing = [name for name in expected if name not in adapter.weights]
-    unexpected = [name for name in adapter.weights if name not in expected]
-    if missing or unexpected:
-        say = [f"{len(names)} {what}, first {names[0]}" for what, names in
-               (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
-        raise AdapterError(
-            f"The adapter's tensors do not match its config on this base: {'; '.join(say)}. Retune."
-        )
-    for name, shape in expected.items():
-        if tuple(adapter.weights[name].shape) != shape:
-            raise AdapterError(
-                f"{name} has shape {tuple(adapter.weights[name].shape)}, this base needs {shape}. "
-                f"Use a base like {info.base.name}, or retune."
-            )
-
-
-def _audit_targets(adapter: Adapter, unet: InflatedUNet) -> None:
-    if adapter.peft_config is None:
-        return
-    config = lora_config(adapter.peft_config)
-    names = _module_names(unet)
-    targets = [name for name in names if check_target_module_exists(config, name)]
-    if targets != adapter.subset.lora_modules(names):
-        raise AdapterError(
-            f"The adapter's PEFT config targets {len(targets)} modules of this base, not those that its subset "
-            f"{adapter.provenance.subset} names. The file was changed; ask for it again."
-        )
-
-
-def _audit_temporal(adapter: Adapter, unet: InflatedUNet) -> None:
-    init = adapter.provenance.temporal_init
-    if "t_attn" not in adapter.subset.parts or has_branches(adapter):
-        return
-    if init.name != temporal_init.NAME:
-        raise AdapterError(
-            f"The adapter's T-Attn starts from {init.name!r}, this tav-peft knows {temporal_init.NAME!r}. Update it."
-        )
-    if temporal_fingerprint(unet, init.seed) != init.fingerprint:
-        raise AdapterError(
-            f"The adapter's T-Attn starts from weights that seed {init.seed} does not give on this base "
-            "(their SHA-256 differ), and its updates count from those. The file was changed, or tuned for another base."
-        )
-    if unet.temporal_tuned:
-        raise AdapterError(
-            "This base's T-Attn is tuned already, and the adapter's T-Attn counts from initial weights. Use the base "
-            "that was baked, or merge the adapters."
-        )
-    if unet.temporal_seed != init.seed:
-        raise AdapterError(
-            f"The adapter's T-Attn counts from initial weights of seed {init.seed}, this UNet has seed "
-            f"{unet.temporal_seed}. Inflate with temporal_seed={init.seed}."
-        )
-
-
-def temporal_fingerprint(unet: InflatedUNet, seed: int) -> str:
-    """Hash the initial T-Attn that `seed` gives on a UNet of these shapes."""
-    shapes = {n.replace(".base_layer", ""): p.shape for n, p in unet.named_parameters() if is_temporal(n)}
-    return temporal_init.fingerprint({n: s for n, s in shapes.items() if not _added(n)}, seed)
-
-
-# -- PEFT layers -----------------------------------------------------------------------------------------
-
-
-def inject_lora(unet: InflatedUNet, config: LoraConfig, inner: str, *, seed: int = 0) -> None:
-    """Wrap the targets in PEFT layers in place, new weights drawn for `seed`."""
-    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    active = {path: [*layer.active_adapters] for path, layer in lora_layers(unet)}
-    # PEFT draws from torch's global stream; nobody else's moves
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # stacking is what was asked for
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, unet, adapter_name=inner)
-    for path, layer in lora_layers(unet):  # injecting leaves only the new adapter on; other tools' LoRAs stay
-        if path in active:
-            layer.set_adapter([*active[path], *([inner] if inner in layer.r else [])])
-    for parameter, flag in flags:  # PEFT freezes all but its own
-        parameter.requires_grad_(flag)
-    if not lora_layers(unet, inner):
-        raise AdapterError(
-            "The adapter's config matches no module of this base. Use the base it was tuned for."
-        )
-
-
-def lora_layers(unet: InflatedUNet, inner: str | None = None) -> list[tuple[str, BaseTunerLayer]]:
-    """List the PEFT layers of a UNet by path; with `inner`, those that carry the adapter of that name."""
-    layers = [(path, m) for path, m in unet.named_modules() if isinstance(m, BaseTunerLayer)]
-    return [(path, layer) for path, layer in layers if inner is None or inner in layer.r]
-
-
 @torch.no_grad()
 def _fill_lora(unet: InflatedUNet, adapter: Adapter, inner: str) -> None:
     for name, tensor in adapter.weights.items():
@@ -375,40 +222,3 @@ def _fill_lora(unet: InflatedUNet, adapter: Adapter, inner: str) -> None:
         if kind.startswith("lora_"):
             target = getattr(unet.get_submodule(module), kind.removesuffix(".weight"))[inner].weight
             target.copy_(tensor)
-
-
-def remove_lora(unet: InflatedUNet, inner: str) -> None:
-    """Take one PEFT adapter off; layers that carry no other become the plain modules they wrapped."""
-    for path, layer in lora_layers(unet):
-        if inner in layer.r:
-            # else PEFT chooses another itself
-            layer.set_adapter([n for n in layer.active_adapters if n != inner])
-            layer.delete_adapter(inner)
-        if not layer.r:
-            parent, _, child = path.rpartition(".")
-            setattr(unet.get_submodule(parent), child, layer.get_base_layer())
-    configs = getattr(unet, "peft_config", {})
-    configs.pop(inner, None)
-    if not configs and hasattr(unet, "peft_config"):
-        del unet.peft_config
-        unet._hf_peft_config_loaded = False
-
-
-def _module_names(unet: InflatedUNet) -> list[str]:
-    return [name for name, _ in unet.named_modules() if ".base_layer" not in name and not _added(name)]
-
-
-def _added(name: str) -> bool:
-    """Tell whether a module or parameter came with an adapter."""
-    return ".lora_" in name or ".tav_slot_" in name
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _parameter(unet: InflatedUNet, name: str) -> nn.Parameter:
-    module, _, kind = name.rpartition(".")
-    parameter = getattr(_base(unet.get_submodule(module)), kind)
-    assert isinstance(parameter, nn.Parameter)
-    return parameter

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tav_peft.errors import TuningError
 from tav_peft.presets import Subset, json_config
-from tav_peft.unet.attaching import inject_lora, lora_config, lora_layers, remove_lora
 from tav_peft.unet.inflation import InflatedUNet
+from tav_peft.unet.peft_layers import inject_layers, layers_of, lora_config, remove_layers
 
 _INNER = "tav_tuning"  # the LoRA's name inside PEFT while it is trained
 
@@ -61,8 +61,8 @@ def trainable(
     plain = None if config is None else json_config(config)
     parameters: dict[str, nn.Parameter] = {}
     if plain is not None:
-        inject_lora(unet, lora_config(plain), _INNER, seed=seed)
-        for path, layer in lora_layers(unet, _INNER):
+        inject_layers(unet, lora_config(plain), _INNER, seed=seed)
+        for path, layer in layers_of(unet, _INNER):
             for kind in ("lora_A", "lora_B"):
                 parameters[f"{path}.{kind}.weight"] = getattr(layer, kind)[_INNER].weight
     for module, linear in dense.items():
@@ -79,7 +79,7 @@ def trainable(
     finally:
         for name, parameter in parameters.items():
             parameter.data, parameter.grad = before[name], None
-        remove_lora(unet, _INNER)
+        remove_layers(unet, _INNER)
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(flags[name])
         unet.train(training)

@@ -8,7 +8,8 @@ import torch
 from tav_peft.errors import AdapterError
 from tav_peft.formats import peft
 from tav_peft.merging import merge
-from tav_peft.unet.attaching import Attachments, temporal_fingerprint
+from tav_peft.unet.attaching import Attachments
+from tav_peft.unet.auditing import temporal_fingerprint
 from tav_peft.unet.branches import Branch
 from tav_peft.unet.inflation import VideoTransformerBlock, inflate
 
