@@ -39,6 +39,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     control_inversion: steering.ControlInversion = False,
     mask: steering.MaskFile = None,
     mask_word: steering.MaskWord = None,
+    window: Annotated[
+        int | None, Option(min=3, help="Frames that the UNet sees at a time; longer clips go in windows.")
+    ] = None,
+    overlap: Annotated[int | None, Option(min=1, help="Frames that neighbouring windows share.")] = None,
     batch: Annotated[int, Option(min=1, help="How many prompts are sampled at a time.")] = 1,
     inversion: Annotated[
         Path | None, Option(help="What tav invert wrote for this clip and adapter; not given: invert now.")
@@ -69,6 +73,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     tuned, began = formats.read(adapter), perf_counter()
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {"guidance_scale": guidance, "num_inference_steps": steps, "depth": depth}
+    given |= {"window": window, "overlap": overlap}
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
     )

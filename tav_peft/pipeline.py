@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast, get_args
@@ -26,6 +27,7 @@ from tav_peft.sampling import Sampling
 from tav_peft.shapes import Latents
 from tav_peft.unet.inflation import InflatedUNet, inflate
 from tav_peft.video.clip import Clip
+from tav_peft.windows import OVERLAP, Windows
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -160,6 +162,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         iterations: int = ITERATIONS,
         tolerance: float = TOLERANCE,
         controls: Sequence[Control] = (),
+        window: int | None = None,
+        overlap: int = OVERLAP,
         progress: Progress | None = None,
     ) -> Inversion:
         """Invert a clip, or its clean latents, by DDIM without text, with the adapters that are on.
@@ -167,10 +171,11 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         Only the share `depth` of the steps, from the clean end, is gone through. `method` is `ddim` or `fixed_point`
         (see `inversion.invert`); the latter makes up to `iterations` UNet passes a step, until one moves the latents by
         no more than `tolerance`. The result's `info["unet_passes"]` says how many there were. `controls` steer the
-        inversion too; the paper's has none.
+        inversion too; the paper's has none. A clip of more frames than `window` goes through the UNet in windows that
+        share `overlap` frames, see `windows`.
 
         Raises:
-            TavError: for impossible steps, depth or sizes.
+            TavError: for impossible steps, depth, sizes or windows.
 
         """
         _check_steps(num_inference_steps, depth)
@@ -190,6 +195,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         nothing = self.encode_prompts([""], size=self.pixel_size(latents))
         steering = self._steering(controls, latents)
         from_noise = list(reversed(self.timesteps(num_inference_steps)))
+        windowed = self._windowed(window, overlap, self.predict)
         passes = itertools.count()
 
         def predict(x: Latents, timestep: int) -> Latents:
@@ -197,7 +203,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
             residuals = steering.residuals(
                 x, timestep, nothing, from_noise.index(timestep), num_inference_steps
             )
-            return self.predict(x, timestep, nothing, **residuals)
+            return windowed(x, timestep, nothing, **residuals)
 
         trajectory = invert(
             predict,
@@ -212,6 +218,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         )
         self.maybe_free_model_hooks()
         info = self.inverted_with(controls) | {"method": method, "unet_passes": next(passes)}
+        if window is not None:
+            info |= {"window": window, "overlap": overlap}
         if isinstance(given, Clip):
             info |= {"clip": given.fingerprint, "fps": given.fps, "name": given.name}
         return Inversion(trajectory.cpu(), num_inference_steps, info)
@@ -240,6 +248,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         latents: Latents | None = None,
         controls: Sequence[Control] = (),
         mask: Clip | Tensor | None = None,
+        window: int | None = None,
+        overlap: int = OVERLAP,
         batch_size: int = 1,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
@@ -250,7 +260,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
 
         `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
         noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `controls` steer the
-        sampling. Where `mask` (see `masks`) is 0 the source stays. `batch_size` prompts are sampled at a time, which
+        sampling. Where `mask` (see `masks`) is 0 the source stays. `window` and `overlap` are as in
+        `invert`. `batch_size` prompts are sampled at a time, which
         costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
         `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
         noise; each prompt draws from a stream of its own.
@@ -271,7 +282,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
         streams = None if generator is None else _streams(generator, len(prompts))
         sampling = Sampling(
-            predict=self.predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
+            predict=self._windowed(window, overlap, self.predict),
+            scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
             guidance_scale=guidance_scale, steering=self._steering(controls, start),
             keep=None if mask is None else self._keep(mask, inversion, start),
         )  # fmt: skip
@@ -320,6 +332,11 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         ddim = self.inversion_scheduler()
         ddim.set_timesteps(steps)
         return start.to(self._execution_device, self.unet.dtype), ddim.timesteps[-left:]
+
+    def _windowed(
+        self, window: int | None, overlap: int, predict: Callable[..., Latents]
+    ) -> Callable[..., Latents]:
+        return predict if window is None else functools.partial(Windows(window, overlap).predict, predict)
 
     def _steering(self, controls: Sequence[Control], latents: Latents) -> Steering:
         return Steering(controls, self.unet, self.vae, latents, self.pixel_size(latents))

@@ -110,7 +110,10 @@ class AdapterSection(_Frozen):
 
 
 class TrainingSection(_Frozen):
-    """How it is trained: AdamW at a constant rate, one clip, one seed."""
+    """How it is trained: AdamW at a constant rate, one clip, one seed.
+
+    Of a clip of more frames than `window` each step draws so many: the first, and a run of others.
+    """
 
     steps: Annotated[int, Field(ge=1)] = 500
     lr: Annotated[_Number, Field(gt=0, le=1)] = 3e-5
@@ -123,12 +126,14 @@ class TrainingSection(_Frozen):
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     save_every: Annotated[int, Field(ge=1)] = 100
+    window: Annotated[int, Field(ge=3)] | None = None
 
 
 class EditingSection(_Frozen):
     """How the clip is inverted and the tuned model is sampled unless an edit says otherwise.
 
-    `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only.
+    `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only. A clip of more
+    frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`).
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -137,6 +142,8 @@ class EditingSection(_Frozen):
     negative_prompt: str = ""
     inversion_method: InversionMethod = "ddim"
     inversion_iterations: Annotated[int, Field(ge=1)] = 5
+    window: Annotated[int, Field(ge=3)] | None = None
+    overlap: Annotated[int, Field(ge=1)] = 4
 
     @property
     def inverting(self) -> dict[str, Any]:
@@ -146,12 +153,18 @@ class EditingSection(_Frozen):
             "depth": self.depth,
             "method": self.inversion_method,
             "iterations": self.inversion_iterations,
+            **self._windows,
         }
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Give the arguments of `pipe(prompt, …)`."""
-        return self.model_dump(exclude={"inversion_method", "inversion_iterations"})
+        inverting = {"inversion_method", "inversion_iterations", "window", "overlap"}
+        return {**self.model_dump(exclude=inverting), **self._windows}
+
+    @property
+    def _windows(self) -> dict[str, int]:
+        return {} if self.window is None else {"window": self.window, "overlap": self.overlap}
 
 
 class Recipe(_Frozen):

@@ -35,7 +35,11 @@ def reconstruct(pipe: TuneAVideoPipeline, inversion: Inversion, *, progress: Pro
     With the adapters it was made with, and a deterministic sampler, this is the clip again but for the inversion's and
     the VAE's errors.
     """
-    return pipe("", inversion=inversion, guidance_scale=1, depth=inversion.depth, progress=progress).clips[0]
+    windows = {name: inversion.info[name] for name in ("window", "overlap") if name in inversion.info}
+    (clip,) = pipe(
+        "", inversion=inversion, guidance_scale=1, depth=inversion.depth, progress=progress, **windows
+    ).clips
+    return clip
 
 
 def measure(

@@ -30,6 +30,7 @@ from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.unet.probe import probed
 from tav_peft.unet.trainable import trainable
 from tav_peft.video.clip import Clip
+from tav_peft.windows import drawn_window
 
 
 def tune(
@@ -84,7 +85,7 @@ def _tuned(
     told = pipe.encode_prompts([prompt], size=(clip.height, clip.width))
     kept = {LATENTS: pipe.encode_clip(clip).cpu().to(dtype)} if keep_latents else {}
     generator = torch.Generator().manual_seed(settings.seed)
-    loss_of = partial(denoising_loss, pipe, moments, told, generator)
+    loss_of = partial(denoising_loss, pipe, moments, told, generator, settings.window)
     with (
         _accelerator(pipe, settings.precision) as accelerator,
         trainable(
@@ -175,13 +176,18 @@ def denoising_loss(
     moments: tuple[Latents, Latents],
     conditions: Conditions,
     generator: torch.Generator,
+    window: int | None = None,
 ) -> Tensor:
     """Draw latents, noise and a timestep, and return the mean squared error of the prediction (Ho et al. 2020, eq. 14).
 
     The latents are sampled anew from the posterior at each step, in the original's order of draws: posterior, noise,
-    timestep. `moments` are the posterior's mean and standard deviation, (1, channels, frames, height, width).
+    timestep. `moments` are the posterior's mean and standard deviation, (1, channels, frames, height, width). Of more
+    frames than `window` a window is drawn before, and the loss is of its frames.
     """
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    if window is not None and window < moments[0].shape[2]:
+        seen = drawn_window(moments[0].shape[2], window, generator)
+        moments = moments[0][:, :, seen], moments[1][:, :, seen]
     mean, std = (m.to(conditions.text.device, torch.float32) for m in moments)
     folded = mean.transpose(1, 2)[0].shape  # drawn as the original does, frames first
     draw = torch.randn(folded, generator=generator).transpose(0, 1)[None].to(mean.device)

@@ -23,6 +23,14 @@ def test_settings_are_the_adapters_unless_given(library, tav):
     assert library.attached == [1.0, 0.5]
 
 
+def test_windows_reach_the_inversion_and_the_edits(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--window", "8", "--overlap", "2")
+    library.recipe = library.recipe.override(["editing.window=16"])
+    tav("edit", "a.safetensors", "--prompt", "a fox")
+    for asked in (library.inversions, library.edits):
+        assert [(each["window"], each["overlap"]) for each in asked] == [(8, 2), (16, 4)]
+
+
 def test_several_prompts_share_one_inversion(library, tav):
     result = tav("edit", "a.safetensors", "--prompt", "a panda", "--prompt", "a fox, in the snow!")
     assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-fox-in-the-snow.mp4\n"
