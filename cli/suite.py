@@ -8,6 +8,7 @@ from typer import Option
 
 from tav_peft.cli import console, options
 
+SETTINGS = ("editing.num_inference_steps=25",)
 QUICK_SETTINGS = ("training.steps=60", "editing.num_inference_steps=20")
 
 
@@ -33,6 +34,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     seeds: Annotated[int, Option(min=1, help="How many seeds of tuning and noise.")] = 1,
     clip_model: Annotated[str, Option(help="As of tav score.")] = "pocket-clip",
     pick_model: Annotated[str | None, Option(help="As of tav score.")] = None,
+    thorough: Annotated[
+        bool,
+        Option("--thorough", help="All of the methods on all clips; of pocket's, most are on four only."),
+    ] = False,
     jobs: Annotated[int, Option(min=1, help="Processes, each with one thread and a clip at a time.")] = 1,
     as_json: options.AsJson = False,
 ) -> None:
@@ -43,7 +48,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.suite.methods import METHODS, QUICK
     from tav_peft.suite.pocket_cases import QUICK as QUICK_CLIPS
     from tav_peft.suite.pocket_cases import pocket_cases
-    from tav_peft.suite.running import Suite
+    from tav_peft.suite.rows import Suite
 
     options.hush()
     cases = read_cases(data) if data else pocket_cases()
@@ -51,8 +56,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         cases = cases[:4] if data else [case for case in cases if case.name in QUICK_CLIPS]
     suite = Suite(
         cases, tuple(method or (QUICK if quick else METHODS)),
-        Recipe.load(recipe).override([*(QUICK_SETTINGS if quick else ()), *(settings or ())]),
-        base, seeds, clip_model, pick_model,
+        Recipe.load(recipe).override([*(QUICK_SETTINGS if quick else () if data else SETTINGS), *(settings or ())]),
+        base, seeds, clip_model, pick_model, None if data or thorough else QUICK_CLIPS,
     )  # fmt: skip
     with console.progress_bar("editing") as moved:
 

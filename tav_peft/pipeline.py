@@ -19,6 +19,7 @@ from tav_peft.base_loading import BaseLoading
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import BaseModelError, TavError
+from tav_peft.injection import Injection, Injector
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert, timestep_pairs
 from tav_peft.loading import AdapterLoading
 from tav_peft.masks import KeptSource
@@ -250,6 +251,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         mask: Clip | Tensor | None = None,
         window: int | None = None,
         overlap: int = OVERLAP,
+        injection: Injection | None = None,
         batch_size: int = 1,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
@@ -260,11 +262,11 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
 
         `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
         noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `controls` steer the
-        sampling. Where `mask` (see `masks`) is 0 the source stays. `window` and `overlap` are as in
-        `invert`. `batch_size` prompts are sampled at a time, which
-        costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
-        `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
-        noise; each prompt draws from a stream of its own.
+        sampling. Where `mask` (see `masks`) is 0 the source stays; `injection` keeps its layout by its own features.
+        `window` and `overlap` are as in `invert`. As many as `batch_size` prompts are sampled at a time, which costs
+        memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it `fps`
+        is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add noise; each
+        prompt draws from a stream of its own.
 
         Raises:
             TavError: for prompts that are too long and impossible numbers.
@@ -281,9 +283,11 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         start, inverted = self._start(inversion, latents, steps, depth)
         told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
         streams = None if generator is None else _streams(generator, len(prompts))
+        if injection is not None and window is not None and window < start.shape[2]:
+            raise TavError("Features are injected into whole clips. Give no window, or no injection.")
+        predict = self._windowed(window, overlap, self._predictor(injection, inversion, start))
         sampling = Sampling(
-            predict=self._windowed(window, overlap, self.predict),
-            scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
+            predict=predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
             guidance_scale=guidance_scale, steering=self._steering(controls, start),
             keep=None if mask is None else self._keep(mask, inversion, start),
         )  # fmt: skip
@@ -347,6 +351,17 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
                 "A mask keeps what the inversion has of the source. Give an inversion, or no mask."
             )
         return KeptSource.of(mask, inversion, self.timesteps(inversion.num_inference_steps), start)
+
+    def _predictor(
+        self, injection: Injection | None, inversion: Inversion | None, start: Latents
+    ) -> Callable[..., Latents]:
+        if injection is None:
+            return self.predict
+        if inversion is None:
+            raise TavError("What is injected comes from the inversion. Give an inversion, or no injection.")
+        timesteps = self.timesteps(inversion.num_inference_steps)
+        nothing = self.encode_prompts([""], size=self.pixel_size(start))
+        return Injector(injection, self.unet, inversion, timesteps, nothing, self.predict)
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """List the timesteps that an inversion goes through, from the cleanest to the noisiest."""

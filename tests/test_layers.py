@@ -21,7 +21,7 @@ LAYERS = (
     ("sharing.card",),
     ("pipeline",),
     ("loading", "base_loading", "sampling", "windows"),
-    ("control.steering", "masks"),
+    ("control.steering", "masks", "injection"),
     ("optimizing",),
     ("formats", "unet.trainable", "trail", "sources", "image_loras"),
     ("unet.probe", "updates"),

@@ -8,9 +8,11 @@ from typing import Literal
 
 import torch
 
+from tav_peft.injection import Injection
 from tav_peft.inversion import Inversion, timestep_pairs
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.shapes import Latents
+from tav_peft.suite.temporal_start import TemporalStart
 from tav_peft.video.clip import Clip
 
 _FRAMEWISE = ("model.attention=frame", "model.group_norm=frame")
@@ -22,7 +24,9 @@ class Method:
 
     `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the recipe does.
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
-    ideal edit of a pocket clip, which says what the scores can be at best.
+    ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
+    longer tuning kept at that step, `temporal` is what T-Attn starts from. `few` is made on a few clips only, and
+    `seeds` is with how many seeds it is made on those.
     """
 
     title: str
@@ -31,6 +35,11 @@ class Method:
     tuned: bool = True
     depth: Mapping[str, float] = dataclasses.field(default_factory=dict)
     guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    injection: Injection | None = None
+    step: int | None = None
+    temporal: TemporalStart = "drawn"
+    few: bool = False
+    seeds: int = 1
 
     def of(self, kind: str, depth: float, guidance: float) -> tuple[float, float]:
         """Give depth and guidance for a kind of edit, those of the recipe where the method says nothing."""
@@ -40,29 +49,42 @@ class Method:
         )
 
 
+_LONG = ("training.steps=600", "training.save_every=50")  # whose trail has the shorter ones
 METHODS: dict[str, Method] = {
     "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
-    "full": Method("full method"),
+    "full": Method("full method", seeds=3),
     "by_kind": Method(
         "full method, less depth for two changes", depth={"multiple": 0.55}, guidance={"multiple": 7.0}
     ),
-    "no_inversion": Method("without inversion", start="noise"),
+    "no_inversion": Method("without inversion", start="noise", seeds=3),
     "no_tuning": Method("without tuning", tuned=False),
-    "no_st_attn": Method("without ST-Attn", ("model.attention=frame",)),
+    "no_st_attn": Method("without ST-Attn", ("model.attention=frame",), seeds=3),
     "per_frame": Method("image model frame by frame, same inversion", _FRAMEWISE, tuned=False),
-    "sdedit_50": Method("SDEdit at 0.5", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.5}),
     "sdedit_70": Method("SDEdit at 0.7", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.7}),
-    "sdedit_90": Method("SDEdit at 0.9", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.9}),
-    "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",)),
-    "paper": Method("preset paper", ("adapter.preset=paper",)),
     "lite_4": Method("preset lite, rank 4", ("adapter.preset=lite", "adapter.rank=4")),
-    "lite_1": Method("preset lite, rank 1", ("adapter.preset=lite", "adapter.rank=1")),
-    "lite_16": Method("preset lite, rank 16", ("adapter.preset=lite", "adapter.rank=16")),
-    "steps_50": Method("50 steps", ("training.steps=50",)),
-    "steps_400": Method("400 steps", ("training.steps=400",)),
-    "guidance_2": Method("guidance 2", guidance={"all": 2.0}),
-    "guidance_7": Method("guidance 7", guidance={"all": 7.0}),
-    "full_attention": Method("full attention between frames", ("model.attention=full",)),
+    "sdedit_50": Method(
+        "SDEdit at 0.5", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.5}, few=True
+    ),
+    "sdedit_90": Method(
+        "SDEdit at 0.9", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.9}, few=True
+    ),
+    "plug_and_play": Method(
+        "feature injection (Plug-and-Play)", _FRAMEWISE, tuned=False, injection=Injection(), few=True
+    ),
+    "full_injected": Method("full method with feature injection", injection=Injection(), few=True),
+    "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",), few=True),
+    "paper": Method("preset paper", ("adapter.preset=paper",), few=True),
+    "lite_1": Method("preset lite, rank 1", ("adapter.preset=lite", "adapter.rank=1"), few=True),
+    "lite_16": Method("preset lite, rank 16", ("adapter.preset=lite", "adapter.rank=16"), few=True),
+    **{
+        f"steps_{step}": Method(f"{step} steps", _LONG, step=step, few=True)
+        for step in (50, 100, 300, 400, 600)
+    },
+    "guidance_2": Method("guidance 2", guidance={"all": 2.0}, few=True),
+    "guidance_7": Method("guidance 7", guidance={"all": 7.0}, few=True),
+    "full_attention": Method("full attention between frames", ("model.attention=full",), few=True),
+    "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
+    "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),
 }
 QUICK = ("ideal", "full", "by_kind", "no_inversion", "no_tuning", "no_st_attn", "per_frame")
 

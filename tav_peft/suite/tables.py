@@ -83,11 +83,11 @@ def write_csv(path: Path, rows: Sequence[Row]) -> Path:
 def markdown(rows: Sequence[Row], *, against: str = "full") -> str:
     """Write the tables: measures by method, the main ones by kind of edit, what differs at 95 %, and the rules."""
     methods, names = list(dict.fromkeys(row["method"] for row in rows)), _measures(rows)
-    clips, seeds = len({(row["set"], row["clip"]) for row in rows}), len({row["seed"] for row in rows})
+    clips, seeds = _clips(rows), len({row["seed"] for row in rows})
     parts = [
         f"{len(rows)} edits: {clips} clips, {seeds} seed{'s' if seeds > 1 else ''}, {len(methods)} methods. In brackets "
         "is what resampling the clips gives in 95 % of the draws. The motion error is a median, all else are means.",
-        _table(methods, names, lambda m, n: estimate(_of(rows, method=m), n)),
+        _table(methods, ["clips", *names], functools.partial(_measured, rows)),
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     for name in ("motion_error", "recognised_object"):
@@ -100,7 +100,40 @@ def markdown(rows: Sequence[Row], *, against: str = "full") -> str:
         )
         others = [method for method in methods if method != against]
         parts.append(_table(others, names, functools.partial(_difference, rows, against)))
+    repeated = [method for method in methods if len({row["seed"] for row in _of(rows, method=method)}) > 1]
+    if repeated:
+        parts.append(
+            "Standard deviation between seeds, of what the clips have together, where there are several:"
+        )
+        parts.append(_table(repeated, names, functools.partial(_between_seeds, rows)))
     return "\n\n".join([*parts, _rules(rows, names)]) + "\n"
+
+
+def _clips(rows: Sequence[Row]) -> int:
+    return len({(row["set"], row["clip"]) for row in rows})
+
+
+def _measured(rows: Sequence[Row], method: str, column: str) -> Estimate | int | None:
+    own = _of(rows, method=method)
+    return _clips(own) if column == "clips" else estimate(own, column)
+
+
+def _between_seeds(rows: Sequence[Row], method: str, measure: str) -> str | None:
+    """Say how much a measure differs by seed, on the clips that were edited with all of them."""
+    own = _of(rows, method=method)
+    seeds = sorted({row["seed"] for row in own})
+    whole = {
+        clip
+        for clip in {(row["set"], row["clip"]) for row in own}
+        if len({row["seed"] for row in own if (row["set"], row["clip"]) == clip}) == len(seeds)
+    }
+    values = [
+        estimate([row for row in own if row["seed"] == seed and (row["set"], row["clip"]) in whole], measure)
+        for seed in seeds
+    ]
+    if any(value is None for value in values):
+        return None
+    return f"{np.std([value.value for value in values if value], ddof=1):.2g}"
 
 
 def _of_kind(rows: Sequence[Row], measure: str, method: str, kind: str) -> Estimate | None:
@@ -127,7 +160,7 @@ def _rules(rows: Sequence[Row], names: Sequence[str]) -> str:
 def _table(methods: Sequence[str], columns: Sequence[str], cell: Callable[[str, str], Any]) -> str:
     lines = [f"| method | {' | '.join(map(_spaced, columns))} |", f"|---|{'---|' * len(columns)}"]
     for method in methods:
-        cells = (str(found) if (found := cell(method, column)) is not None else "" for column in columns)
+        cells = ("" if (found := cell(method, column)) is None else str(found) for column in columns)
         lines.append(f"| {METHODS[method].title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

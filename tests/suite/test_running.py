@@ -1,34 +1,50 @@
 """A suite runs what is missing and nothing twice, in one process or more, and writes tables, plot and sheets."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tav_peft.adapter import Adapter
 from tav_peft.cli.main import app
 from tav_peft.errors import TavError
 from tav_peft.recipe import Recipe
-from tav_peft.suite import run_suite, running
+from tav_peft.suite import one_case, rows, run_suite
 from tav_peft.suite.cases import KINDS, Case
 from tav_peft.suite.loveu import read_cases
-from tav_peft.suite.running import Suite, run
+from tav_peft.suite.methods import Method
+from tav_peft.suite.rows import Suite
+from tav_peft.suite.running import run
+from tav_peft.trail import Trail
+from tav_peft.video.clip import Clip
 
 RECIPE = Recipe.load("pocket").override(
     ["clip.frames=2", "clip.size=32", "training.steps=2", "editing.num_inference_steps=2"]
 )
 METHODS = ("full", "no_inversion", "no_tuning", "sdedit_50")
+METHOD = Method("steps", ("training.steps=3", "training.save_every=1"))
 
 
-@pytest.fixture
-def suite(base, clip, tmp_path):
+@pytest.fixture(scope="module")
+def suite(base, tmp_path_factory):
     """Two short clips on the tiny base, whose tokenizer spells most words in letters."""
-    cases = []
+    data, cases = tmp_path_factory.mktemp("data"), []
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
     for name in ("one", "two"):
-        frames = clip.write(tmp_path / "data" / "set" / "480p_frames" / name)
+        frames = Clip(pixels, 8.0).write(data / "set" / "480p_frames" / name)
         cases.append(Case("set", name, "a man", dict.fromkeys(KINDS, f"{name} man"), frames))
     return Suite(cases, METHODS, RECIPE, base=str(base))
+
+
+@pytest.fixture(scope="module")
+def ran(suite, tmp_path_factory):
+    """Where the suite ran once, its rows, and what it told meanwhile."""
+    out, told = tmp_path_factory.mktemp("ran") / "out", []
+    return out, run(suite, out, progress=lambda *step: told.append(step)), told
 
 
 @pytest.fixture
@@ -36,9 +52,15 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def test_every_case_is_edited_four_ways_by_every_method(suite, out):
-    told = []
-    rows = run(suite, out, progress=lambda *step: told.append(step))
+@pytest.fixture
+def again(ran, out):
+    """What ran, to be changed."""
+    shutil.copytree(ran[0], out)
+    return out
+
+
+def test_every_case_is_edited_four_ways_by_every_method(suite, ran):
+    out, rows, told = ran
     assert [(row["clip"], row["method"], row["kind"]) for row in rows] == [
         (case.name, method, kind) for case in suite.cases for method in METHODS for kind in KINDS
     ]
@@ -50,10 +72,9 @@ def test_every_case_is_edited_four_ways_by_every_method(suite, out):
         assert [frame.name for frame in frames] == ["00000.jpg", "00001.jpg"]
 
 
-def test_each_method_edits_in_its_own_way(suite, out):
-    run(suite, out)
+def test_each_method_edits_in_its_own_way(ran):
     made = {
-        m: np.asarray(Image.open(out / "submissions" / m / "set/one/style/00000.jpg")).astype(int)
+        m: np.asarray(Image.open(ran[0] / "submissions" / m / "set/one/style/00000.jpg")).astype(int)
         for m in METHODS
     }
     for one in METHODS:
@@ -61,24 +82,52 @@ def test_each_method_edits_in_its_own_way(suite, out):
             assert one == two or np.abs(made[one] - made[two]).max() > 3
 
 
-def test_what_is_there_is_not_made_again(suite, out, monkeypatch):
-    first = run(suite, out)
-    monkeypatch.setattr(running, "TuneAVideoPipeline", None)  # nothing is loaded
-    assert run(suite, out) == first
+def test_what_is_there_is_not_made_again(suite, ran, again, monkeypatch):
+    monkeypatch.setattr(one_case, "TuneAVideoPipeline", None)  # nothing is loaded
+    assert run(suite, again) == ran[1]
 
 
-def test_a_row_that_is_missing_is_made_again_from_the_same_adapter(suite, out, monkeypatch):
-    first = run(suite, out)
-    (out / "rows" / "set" / "one" / "full-0.json").unlink()
-    monkeypatch.setattr(running, "tune", None)  # nothing is tuned
-    assert run(suite, out) == first
+def test_a_row_that_is_missing_is_made_again_from_the_same_adapter(suite, ran, again, monkeypatch):
+    (again / "rows" / "set" / "one" / "full-0.json").unlink()
+    monkeypatch.setattr(one_case, "tune", None)  # nothing is tuned
+    assert run(suite, again) == ran[1]
 
 
-def test_a_folder_of_other_settings_is_refused(suite, out, base):
-    run(suite, out)
-    other = Suite(suite.cases, METHODS, RECIPE.override(["training.steps=3"]), base=str(base))
+def test_a_folder_of_other_settings_is_refused(suite, again):
+    other = dataclasses.replace(suite, recipe=RECIPE.override(["training.steps=3"]))
     with pytest.raises(TavError, match="holds a suite with another base, recipe or model"):
-        run(other, out)
+        run(other, again)
+
+
+def test_some_methods_are_made_on_a_few_clips_only_and_others_there_with_seeds_of_their_own(suite):
+    few = dataclasses.replace(suite, methods=("full", "sdedit_50", "no_tuning"), few=["two"])
+    assert [(case.name, method, seed) for case, method, seed in few.rows()] == [
+        ("one", "full", 0), ("one", "no_tuning", 0), ("two", "full", 0), ("two", "full", 1), ("two", "full", 2),
+        ("two", "sdedit_50", 0), ("two", "no_tuning", 0),
+    ]  # fmt: skip
+
+
+def test_steps_are_taken_from_the_trail_of_one_tuning(suite, out, monkeypatch):
+    steps = {f"steps_{n}": dataclasses.replace(METHOD, step=n) for n in (1, 2, 3)}
+    monkeypatch.setattr(one_case, "METHODS", steps | one_case.METHODS)
+    monkeypatch.setattr(rows, "METHODS", steps | one_case.METHODS)
+    tuned, tune = [], one_case.tune
+    monkeypatch.setattr(one_case, "tune", lambda *a, **k: tuned.append(k["output"]) or tune(*a, **k))
+    run(dataclasses.replace(suite, cases=suite.cases[:1], methods=tuple(steps)), out)
+    assert len(tuned) == 1
+    made = [Adapter.load(Trail(tuned[0]).at_step(n)) for n in (1, 2)] + [Adapter.load(tuned[0])]
+    assert [each.provenance.step for each in made] == [1, 2, 3]
+    frames = [Image.open(out / "submissions" / name / "set/one/object/00000.jpg") for name in steps]
+    assert len({frame.tobytes() for frame in frames}) == 3
+
+
+def test_two_methods_that_ask_for_the_same_edit_share_it(suite, out, monkeypatch):
+    calls, edits = [], one_case.score
+    monkeypatch.setattr(one_case, "score", lambda *a, **k: calls.append(a[1]) or edits(*a, **k))
+    both = dataclasses.replace(suite, cases=suite.cases[:1], methods=("full", "by_kind"))
+    made = run(both, out)
+    assert len(calls) == 5  # only two changes at once are edited otherwise
+    assert [row["scores"] for row in made[:3]] == [row["scores"] for row in made[4:7]]
 
 
 def test_an_unknown_method_names_the_known(suite):
@@ -91,8 +140,8 @@ def size_of(picture):
         return opened.size
 
 
-def test_the_results_are_a_table_a_plot_and_a_sheet_for_each_kind(suite, out):
-    made = run_suite(suite, out)
+def test_the_results_are_a_table_a_plot_and_a_sheet_for_each_kind(suite, again):
+    made = run_suite(suite, again)
     assert made["edits"] == 32
     assert "32 edits: 2 clips, 1 seed, 4 methods" in made["table"].read_text()
     assert len(made["csv"].read_text().splitlines()) == 33
@@ -111,8 +160,8 @@ def test_loveus_layout_goes_through_the_same_runner(loveu, tmp_path, out):
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_does(suite, out, tmp_path):
-    assert run(suite, out, jobs=2) == run(suite, tmp_path / "alone")
+def test_two_processes_make_what_one_does(suite, ran, out):
+    assert run(suite, out, jobs=2) == ran[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,94 @@
+"""Feature injection: the edit sees the source's queries, keys and features in the steps that ask for them."""
+
+import pytest
+import torch
+
+from tav_peft.errors import TavError
+from tav_peft.injection import (
+    Injection, Injector, attention_modules, feature_modules, recorded, replaced,
+)  # fmt: skip
+
+
+@pytest.fixture
+def inversion(pipe, clip):
+    return pipe.invert(clip, num_inference_steps=4)
+
+
+@pytest.fixture
+def injector(pipe, inversion):
+    nothing = pipe.encode_prompts([""], size=pipe.pixel_size(inversion.clean))
+    return Injector(Injection(1, 1), pipe.unet, inversion, pipe.timesteps(4), nothing, pipe.predict)
+
+
+@torch.no_grad()
+def test_the_source_itself_is_predicted_as_ever_and_anything_else_is_pulled_to_it(pipe, inversion, injector):
+    timestep, source = pipe.timesteps(4)[2], inversion.trajectory[3][None]
+    plain = pipe.predict(source, timestep, injector.nothing)
+    told = pipe.encode_prompts(["", ""])
+    both = injector(torch.cat([source, source]), timestep, told)
+    torch.testing.assert_close(both, plain.expand(2, -1, -1, -1, -1), rtol=0, atol=1e-5)
+    other = torch.cat([source + 0.3, source - 0.3])
+    assert (injector(other, timestep, told) - pipe.predict(other, timestep, told)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_queries_keys_and_features_are_the_source_s_in_every_row(pipe, inversion, injector):
+    timestep, source = pipe.timesteps(4)[2], inversion.trajectory[3][None]
+    modules = attention_modules(pipe.unet) + feature_modules(pipe.unet)
+    assert [name for name, module in pipe.unet.named_modules() if module in modules] == [
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q",
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_k",
+        "up_blocks.1.resnets.1.conv2",
+    ]
+    with recorded(modules) as seen:
+        pipe.predict(source, timestep, injector.nothing)
+    with replaced(modules, seen, rows=2):
+        for module, output in zip(modules, seen, strict=True):
+            given = module(torch.zeros(1, module.weight.shape[1], 8, 8) if output.ndim == 4 else
+                           torch.zeros(1, 3, module.weight.shape[1]))  # fmt: skip
+            assert torch.equal(given, torch.cat([output, output]))
+
+
+@pytest.mark.parametrize(
+    ("injection", "passes"), [(Injection(0, 0), 4), (Injection(0.5, 0), 6), (Injection(0.25, 0.75), 7)]
+)
+def test_the_shares_are_of_all_steps_from_the_noise_end(pipe, inversion, monkeypatch, injection, passes):
+    seen, predict = [], pipe.predict
+    monkeypatch.setattr(pipe, "predict", lambda x, *a, **k: seen.append(len(x)) or predict(x, *a, **k))
+    made = pipe("a man", inversion=inversion, injection=injection).latents
+    assert len(seen) == passes
+    assert seen[0] == (1 if passes > 4 else 2)
+    plain = pipe("a man", inversion=inversion).latents
+    assert torch.equal(made, plain) == (passes == 4)
+
+
+def test_of_half_a_depth_the_left_out_steps_count_too(pipe, inversion):
+    plain = pipe("a man", inversion=inversion, depth=0.5).latents
+    assert torch.equal(
+        plain, pipe("a man", inversion=inversion, depth=0.5, injection=Injection(0.5, 0.5)).latents
+    )
+    assert not torch.equal(
+        plain, pipe("a man", inversion=inversion, depth=0.5, injection=Injection(0.75, 0)).latents
+    )
+
+
+def test_several_prompts_at_once_are_each_as_alone(pipe, inversion):
+    together = pipe(["a man", "a dog"], inversion=inversion, injection=Injection(), batch_size=2).latents
+    for row, prompt in enumerate(["a man", "a dog"]):
+        alone = pipe(prompt, inversion=inversion, injection=Injection()).latents
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_afterwards_the_unet_is_as_it_was(pipe, inversion):
+    before = pipe("a man", inversion=inversion).latents
+    pipe("a man", inversion=inversion, injection=Injection(1, 1))
+    assert torch.equal(pipe("a man", inversion=inversion).latents, before)
+
+
+def test_what_cannot_be_is_refused(pipe, inversion):
+    with pytest.raises(TavError, match=r"features 1\.5: give a share"):
+        Injection(0.5, 1.5)
+    with pytest.raises(TavError, match="into whole clips"):
+        pipe("a man", inversion=inversion, injection=Injection(), window=2, overlap=1)
+    with pytest.raises(TavError, match="comes from the inversion"):
+        pipe("a man", latents=inversion.clean, injection=Injection())
