@@ -39,6 +39,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     control_inversion: steering.ControlInversion = False,
     mask: steering.MaskFile = None,
     mask_word: steering.MaskWord = None,
+    inject_attention: steering.InjectAttention = None,
+    inject_features: steering.InjectFeatures = None,
     window: Annotated[
         int | None, Option(min=3, help="Frames that the UNet sees at a time; longer clips go in windows.")
     ] = None,
@@ -70,10 +72,12 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     _check_start(no_inversion, inversion, seed, depth)
     _check_mask(mask, mask_word, no_inversion)
     steering.check_pairs(control, controlnet, control_inversion)
+    injection = steering.read_injection(inject_attention, inject_features, no_inversion)
     tuned, began = formats.read(adapter), perf_counter()
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
-    given = {"guidance_scale": guidance, "num_inference_steps": steps, "depth": depth}
-    given |= {"window": window, "overlap": overlap}
+    given = {
+        "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap
+    }  # fmt: skip
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
     )
@@ -85,10 +89,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
-    for number, given_lora in enumerate(lora or []):
-        pipe.load_lora_weights(*_file_and_name(given_lora, number))
-    for word in textual_inversion or []:
-        pipe.load_textual_inversion(word)
+    _load_beside(pipe, lora or [], textual_inversion or [])
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     if control:
@@ -112,14 +113,29 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     if mask or mask_word:
         start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
     with console.progress_bar("editing") as moved:
-        clips = pipe(wanted, **start, batch_size=batch, progress=moved, **how.sampling).clips
-    edits = [write_edit(*each) for each in zip(clips, wanted, files, strict=True)]
+        clips = pipe(
+            wanted, **start, injection=injection, batch_size=batch, progress=moved, **how.sampling
+        ).clips
+    settings = {
+        **how.sampling, "strength": strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
+        "controlnet": controlnet, "control_inversion": control_inversion, "mask": mask, "mask_word": mask_word,
+        "inject_attention": inject_attention, "inject_features": inject_features,
+        "seed": (seed or 0) if no_inversion else None,
+    }  # fmt: skip
+    edits = [write_edit(*each, settings) for each in zip(clips, wanted, files, strict=True)]
     details = {
-        **how.sampling, "strength": strength, "loras": lora or [], "controls": controlnet or [],
-        "inversion": _told(start.get("inversion")), "from_cache": cached,
-        "seed": (seed or 0) if no_inversion else None, "seconds": round(perf_counter() - began, 1),
+        **settings, "inversion": _told(start.get("inversion")), "from_cache": cached,
+        "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
+
+
+def _load_beside(pipe: "TuneAVideoPipeline", loras: list[str], words: list[Path]) -> None:
+    """Load ordinary LoRAs and learned words."""
+    for number, given in enumerate(loras):
+        pipe.load_lora_weights(*_file_and_name(given, number))
+    for word in words:
+        pipe.load_textual_inversion(word)
 
 
 def _invert(

@@ -1,8 +1,9 @@
 """Where results go: names from prompts, and nothing replaced unless asked."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typer import BadParameter
 
@@ -47,10 +48,18 @@ def edit_files(prompts: list[str], output: Path, overwrite: bool) -> list[Path]:
     return chosen
 
 
-def write_edit(clip: "Clip", prompt: str, path: Path) -> dict[str, str]:
-    """Write the video and, beside it, its contact sheet and its prompt; say what is where."""
+def write_edit(clip: "Clip", prompt: str, path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Write the video and, beside it, its contact sheet, its prompt and its settings that are any; say what is where."""
     scale, sheet = max(1, SEEN_WELL // clip.width), path.with_suffix(".png")
     clip.write(path, scale=scale)
     clip.write(sheet, scale=scale)
-    Record(prompt).write(path)
+    said = {name: value for name, value in settings.items() if value not in (None, "", False, [])}
+    Record(prompt, {name: _plain(value) for name, value in said.items()}).write(path)
     return {"prompt": prompt, "clip": str(path), "contact_sheet": str(sheet)}
+
+
+def _plain(value: Any) -> Any:
+    """Give what JSON can keep of a setting."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

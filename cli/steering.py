@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from tav_peft.control.steering import Control
+    from tav_peft.injection import Injection
     from tav_peft.video.clip import Clip
 
 Controls = Annotated[
@@ -36,6 +37,19 @@ MaskFile = Annotated[
 MaskWord = Annotated[
     str | None, Option("--mask-word", help="Edit only where this word of the clip's caption is.")
 ]
+InjectAttention = Annotated[
+    float | None,
+    Option(
+        "--inject-attention",
+        help="Keep the clip's layout: its own self-attention for this share of the steps, such as 0.5.",
+    ),
+]
+InjectFeatures = Annotated[
+    float | None,
+    Option(
+        "--inject-features", help="Keep more of it: its features for this share of the steps, such as 0.8."
+    ),
+]
 PromptsFile = Annotated[Path | None, Option("--prompts", help="A text file with a prompt on each line.")]
 
 
@@ -54,6 +68,20 @@ def all_prompts(given: Sequence[str] | None, file: Path | None, usual: Sequence[
     if not prompts:
         raise BadParameter("the adapter's recipe has none. Give one.", param_hint="--prompt")
     return prompts
+
+
+def read_injection(attention: float | None, features: float | None, no_inversion: bool) -> "Injection | None":
+    """Tell what of the clip is injected, and for how many of the steps; None where neither is given."""
+    from tav_peft.injection import Injection
+
+    if attention is None and features is None:
+        return None
+    if no_inversion:
+        raise BadParameter(
+            "what is injected comes from the inversion. Leave out --no-inversion.",
+            param_hint="--inject-attention",
+        )
+    return Injection(attention or 0.0, features or 0.0)
 
 
 def read_controls(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +185,33 @@ def _commands(found: Found) -> str:
         f"tav tune {shlex.quote(said.clip.name)} --recipe recipe.yaml --prompt {shlex.quote(said.caption)} "
         f"--base {shlex.quote(said.base.name)} -o {shlex.quote(name)}  # recipe.yaml: the recipe below"
     ]
-    options = {"guidance_scale": "--guidance", "depth": "--depth", "num_inference_steps": "--steps", "seed": "--seed",
-               "strength": "--strength", "negative_prompt": "--negative-prompt"}  # fmt: skip
     for video, record in found.edits.items():
-        settings = " ".join(
-            f"{options[key]} {shlex.quote(str(value))}"
-            for key, value in record.settings.items()
-            if key in options and value not in (None, "")
-        )
+        settings = " ".join(_options(record.settings))
         given = f" {settings}" if settings else ""
         lines.append(
             f"tav edit {shlex.quote(name)} --prompt {shlex.quote(record.prompt)}{given} -o {shlex.quote(video.name)}"
         )
     return "\n".join(lines)
+
+
+_OPTIONS = {"guidance_scale": "guidance", "num_inference_steps": "steps"} | {
+    name: name.replace("_", "-")
+    for name in (
+        "depth", "negative_prompt", "strength", "window", "overlap", "lora", "textual_inversion", "control", "controlnet",
+        "control_inversion", "mask", "mask_word", "inject_attention", "inject_features", "seed",
+    )
+}  # fmt: skip
+
+
+def _options(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Spell the settings of an edit as options of `tav edit`, those that it has."""
+    if settings.get("seed") is not None:
+        yield "--no-inversion"
+        settings = {name: value for name, value in settings.items() if name != "depth"}
+    for name in [name for name in settings if name in _OPTIONS]:
+        value, option = settings[name], f"--{_OPTIONS[name]}"
+        if value is True:
+            yield option
+        elif value not in (None, "", False):
+            for each in value if isinstance(value, list) else [value]:
+                yield f"{option} {shlex.quote(str(each))}"

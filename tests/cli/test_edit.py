@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tav_peft.injection import Injection
 from tav_peft.recipe import Recipe
+from tav_peft.video.record import Record
 
 
 def test_settings_are_the_adapters_unless_given(library, tav):
@@ -233,3 +235,25 @@ def test_controls_and_masks_that_cannot_be_meant_are_refused(library, tav, optio
     assert result.exit_code == 2
     assert said in result.stderr
     assert library.edits == []
+
+
+def test_the_settings_are_kept_beside_the_edit(library, tav):
+    words = "--guidance 7 --inject-attention 0.5 --lora style.safetensors=0.6"
+    tav("edit", "a.safetensors", "--prompt", "a panda", *words.split())
+    tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5")
+    steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
+    assert steered == {
+        "guidance_scale": 7.0, "num_inference_steps": 50, "depth": 1.0, "strength": 1.0,
+        "lora": ["style.safetensors=0.6"], "inject_attention": 0.5,
+    }  # fmt: skip
+    assert noise["seed"] == 5
+    assert "lora" not in noise
+
+
+def test_what_is_injected_reaches_the_edit_and_wants_an_inversion(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--inject-features", "0.8")
+    tav("edit", "a.safetensors", "--prompt", "a fox")
+    assert [edit["injection"] for edit in library.edits] == [Injection(0.0, 0.8), None]
+    refused = tav("edit", "a.safetensors", "--prompt", "a cat", "--no-inversion", "--inject-attention", "0.5")
+    assert refused.exit_code == 2
+    assert "comes from the inversion" in refused.stderr
