@@ -10,27 +10,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance, library_versions
-from tav_peft.conditions import Conditions
 from tav_peft.errors import TuningError
 from tav_peft.formats.origin import base_info, initial_temporal
 from tav_peft.lock import locked
+from tav_peft.objective import denoising_loss
 from tav_peft.optimizing import Optimization, TuningStep
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
 from tav_peft.recipe import Recipe
-from tav_peft.shapes import DTYPES, Latents
+from tav_peft.shapes import DTYPES
 from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.unet.probe import probed
 from tav_peft.unet.trainable import trainable
 from tav_peft.video.clip import Clip
-from tav_peft.windows import drawn_window
 
 
 def tune(
@@ -169,40 +166,6 @@ def _key(recipe: Recipe, provenance: Provenance) -> str:
         clip=provenance.clip.fingerprint,
         base=provenance.base.fingerprint,
     )
-
-
-def denoising_loss(
-    pipe: TuneAVideoPipeline,
-    moments: tuple[Latents, Latents],
-    conditions: Conditions,
-    generator: torch.Generator,
-    window: int | None = None,
-) -> Tensor:
-    """Draw latents, noise and a timestep, and return the mean squared error of the prediction (Ho et al. 2020, eq. 14).
-
-    The latents are sampled anew from the posterior at each step, in the original's order of draws: posterior, noise,
-    timestep. `moments` are the posterior's mean and standard deviation, (1, channels, frames, height, width). Of more
-    frames than `window` a window is drawn before, and the loss is of its frames.
-    """
-    noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-    if window is not None and window < moments[0].shape[2]:
-        seen = drawn_window(moments[0].shape[2], window, generator)
-        moments = moments[0][:, :, seen], moments[1][:, :, seen]
-    mean, std = (m.to(conditions.text.device, torch.float32) for m in moments)
-    folded = mean.transpose(1, 2)[0].shape  # drawn as the original does, frames first
-    draw = torch.randn(folded, generator=generator).transpose(0, 1)[None].to(mean.device)
-    latents = (mean + std * draw) * pipe.vae.config.scaling_factor
-    noise = torch.randn(latents.shape, generator=generator).to(mean.device)
-    timesteps = noise_schedule.config.num_train_timesteps
-    timestep = torch.randint(0, timesteps, (len(latents),), generator=generator).to(mean.device)
-    noisy = noise_schedule.add_noise(latents, noise, timestep).to(conditions.text.dtype)
-    predicted = pipe.predict(noisy, timestep, conditions)
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: noise_schedule.get_velocity(latents, noise, timestep),
-        "sample": lambda: latents,
-    }[noise_schedule.config.prediction_type]()
-    return F.mse_loss(predicted.float(), target.float())
 
 
 def _check_output(output: Path) -> None:

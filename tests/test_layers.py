@@ -18,7 +18,7 @@ LAYERS = (
         "sharing.bundling",
         "sharing.publishing",
     ),
-    ("sharing.card",),
+    ("sharing.card", "objective"),
     ("pipeline",),
     ("loading", "base_loading", "sampling", "windows"),
     ("control.steering", "masks", "injection"),
