@@ -2,10 +2,14 @@
 
 import copy
 import json
+import os
 import shutil
 import string
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import beartype
 from jaxtyping import install_import_hook
@@ -47,8 +51,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
 from tav_peft.bases.ldm_keys import to_single_file
+from tav_peft.methods import json_config
 from tav_peft.pipeline import TuneAVideoPipeline
-from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
+from tav_peft.presets import BLOCKS, PARTS, Subset
 from tav_peft.recipe import Recipe
 from tav_peft.unet import temporal_init
 from tav_peft.unet.inflation import InflatedUNet, inflate, is_temporal
@@ -311,3 +316,26 @@ def make_adapter(_loaded) -> Callable[..., Adapter]:
         return Adapter({name: tensor.to(dtype) for name, tensor in tensors.items()}, plain, provenance)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
+    """Run a command, or code, in a fork of a process that has imported everything; see `forking.py`."""
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    process = subprocess.Popen(
+        [sys.executable, *safe, str(Path(__file__).with_name("forking.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path_factory.mktemp("forking"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400", "NO_COLOR": "1"},
+    )  # fmt: skip
+
+    def run(folder: Path, *tav: object, **request: object) -> SimpleNamespace:
+        if "code" not in request:
+            request["tav"] = [str(each) for each in tav]
+        process.stdin.write(json.dumps({"folder": str(folder), **request}) + "\n")
+        process.stdin.flush()
+        return SimpleNamespace(**json.loads(process.stdout.readline()))
+
+    yield run
+    process.stdin.close()
+    process.wait(timeout=60)
+    process.stdout.close()

@@ -10,15 +10,18 @@ from tav_peft.pocket.clips import sample
 from tav_peft.video.clip import Clip
 
 
-def tav(*arguments, cwd, code=0):
-    command = [sys.executable, "-P", "-c", "from tav_peft.cli.main import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+@pytest.fixture(scope="module")
+def tav(fork):
+    def run(*arguments, cwd, code=0):
+        done = fork(cwd, *arguments)
+        assert done.code == code, done.said[-3000:]
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
+def tuned(tmp_path_factory, tav):
     folder = tmp_path_factory.mktemp("tuned")
     (folder / "rabbit.mp4").write_bytes(sample("rabbit-grass").read_bytes())
     done = tav(
@@ -28,14 +31,21 @@ def tuned(tmp_path_factory):
     return folder, json.loads(done.stdout)
 
 
-def test_tune_writes_an_adapter_a_loss_plot_and_says_so(tuned):
+def test_a_process_of_its_own_does_the_same(tuned, tav):
+    folder, said = tuned
+    command = [sys.executable, "-c", "from tav_peft.cli.main import main; main()", "info", said["adapter"]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    assert done.stdout == tav("info", said["adapter"], cwd=folder).stdout
+
+
+def test_tune_writes_an_adapter_a_loss_plot_and_says_so(tuned, tav):
     folder, said = tuned
     assert (folder / said["adapter"]).stat().st_size == said["bytes"]
     assert (folder / said["loss_plot"]).exists()
     assert said["steps"] == 3
 
 
-def test_edit_finds_the_clip_by_itself_and_writes_each_prompt(tuned):
+def test_edit_finds_the_clip_by_itself_and_writes_each_prompt(tuned, tav):
     folder, said = tuned
     done = tav(
         "edit", said["adapter"], "--prompt", "a panda is moving on the grass", "--prompt", "a car is moving on the road",
@@ -48,7 +58,7 @@ def test_edit_finds_the_clip_by_itself_and_writes_each_prompt(tuned):
         assert (clip.frames, clip.height, clip.width, clip.fps) == (8, 256, 256, 8.0)
 
 
-def test_an_adapter_with_latents_edits_without_the_clip(tuned, tmp_path):
+def test_an_adapter_with_latents_edits_without_the_clip(tuned, tav, tmp_path):
     folder, said = tuned
     (tmp_path / "alone.safetensors").write_bytes((folder / said["adapter"]).read_bytes())
     tav("edit", "alone.safetensors", "--prompt", "a fox is moving on the grass", "--steps", "2", cwd=tmp_path)
@@ -57,7 +67,7 @@ def test_an_adapter_with_latents_edits_without_the_clip(tuned, tmp_path):
     )  # the video, its contact sheet, and what was asked for
 
 
-def test_info_and_export_read_what_tune_wrote(tuned):
+def test_info_and_export_read_what_tune_wrote(tuned, tav):
     folder, said = tuned
     told = json.loads(tav("info", said["adapter"], "--json", cwd=folder).stdout)
     assert "pocket" in json.dumps(told)
@@ -65,7 +75,7 @@ def test_info_and_export_read_what_tune_wrote(tuned):
     assert (folder / "as-peft" / "adapter_config.json").exists()
 
 
-def test_verify_finds_that_all_holds_until_a_bit_is_flipped(tuned, tmp_path):
+def test_verify_finds_that_all_holds_until_a_bit_is_flipped(tuned, tav, tmp_path):
     folder, said = tuned
     told = json.loads(tav("verify", said["adapter"], "--strict", "--json", cwd=folder).stdout)
     assert {claim["name"]: claim["verdict"] for claim in told["claims"]} == {
@@ -79,7 +89,7 @@ def test_verify_finds_that_all_holds_until_a_bit_is_flipped(tuned, tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines() if "differs" in line] == ["tensors"]
 
 
-def test_invert_writes_a_trajectory(tuned):
+def test_invert_writes_a_trajectory(tuned, tav):
     folder, said = tuned
     tav(
         "invert",
@@ -112,7 +122,7 @@ def test_invert_writes_a_trajectory(tuned):
         (("tune", "rabbit.mp4", "--prompt", "x", "--base", "pocket", "--frames", "900"), "frames"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_1(tuned, arguments, said):
+def test_a_users_mistake_is_one_line_and_exit_code_1(tuned, tav, arguments, said):
     folder, _ = tuned
     done = tav(*arguments, cwd=folder, code=1)
     assert said in done.stderr
@@ -121,7 +131,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(tuned, arguments, said):
 
 
 @pytest.fixture(scope="module")
-def inverted(tuned):
+def inverted(tuned, tav):
     folder, said = tuned
     done = tav(
         "invert", "rabbit.mp4", "--adapter", said["adapter"], "--steps", "5", "--method", "fixed_point",
@@ -130,7 +140,7 @@ def inverted(tuned):
     return folder, said["adapter"], json.loads(done.stdout)
 
 
-def test_an_inversion_says_what_it_cost_and_how_well_it_comes_back(inverted):
+def test_an_inversion_says_what_it_cost_and_how_well_it_comes_back(inverted, tav):
     _, _, said = inverted
     found = said["reconstruction"]
     assert found["ceiling"] > 30  # what pocket's autoencoder makes of the clip
@@ -139,7 +149,7 @@ def test_an_inversion_says_what_it_cost_and_how_well_it_comes_back(inverted):
     assert 5 <= said["unet_passes"] <= 25
 
 
-def test_edit_starts_from_an_inversion_that_was_made_before(inverted):
+def test_edit_starts_from_an_inversion_that_was_made_before(inverted, tav):
     folder, adapter, _ = inverted
     asked = ("edit", adapter, "--prompt", "a panda is moving on the grass", "--inversion", "rabbit.inversion")
     steered = (
@@ -160,7 +170,7 @@ def test_edit_starts_from_an_inversion_that_was_made_before(inverted):
     assert not (folder / "refused").exists()
 
 
-def test_edits_are_steered_by_the_clips_edges_and_kept_outside_of_a_word(tuned):
+def test_edits_are_steered_by_the_clips_edges_and_kept_outside_of_a_word(tuned, tav):
     folder, said = tuned
     command = (
         "edit", said["adapter"], "--prompt", "a panda is moving on the snow", "--steps", "3", "--json",
@@ -168,7 +178,7 @@ def test_edits_are_steered_by_the_clips_edges_and_kept_outside_of_a_word(tuned):
         "--control", "lineart", "--controlnet", "pocket-controlnet=0.5", "--control-inversion",
     )  # fmt: skip
     first = json.loads(tav(*command, "--mask-word", "rabbit", "-o", "steered", cwd=folder).stdout)
-    assert first["controls"] == ["pocket-t2i-adapter=0.8@0-0.9", "pocket-controlnet=0.5"]
+    assert first["controlnet"] == ["pocket-t2i-adapter=0.8@0-0.9", "pocket-controlnet=0.5"]
     assert (folder / first["edits"][0]["clip"]).exists()
     assert not first["from_cache"]
     refused = tav(
@@ -177,7 +187,7 @@ def test_edits_are_steered_by_the_clips_edges_and_kept_outside_of_a_word(tuned):
     assert refused.stderr.strip().splitlines()[-1].endswith("does not have 'fox'. Give a word of it.")
 
 
-def test_the_cache_is_used_listed_and_cleared(tuned):
+def test_the_cache_is_used_listed_and_cleared(tuned, tav):
     folder, said = tuned
     edit = ("edit", said["adapter"], "--prompt", "a panda", "--steps", "2", "--depth", "0.5", "--json")
     assert [json.loads(tav(*edit, cwd=folder).stdout)["from_cache"] for _ in range(2)][1]
@@ -188,7 +198,7 @@ def test_the_cache_is_used_listed_and_cleared(tuned):
     assert "0 inversions" in tav("cache", "ls", cwd=folder).stderr
 
 
-def test_control_draws_what_a_network_would_read(tuned):
+def test_control_draws_what_a_network_would_read(tuned, tav):
     folder, _ = tuned
     (path,) = tav("control", "rabbit.mp4", "--kind", "flow", "--size", "64", cwd=folder).stdout.split()
     shown = Clip.read(folder / path)

@@ -1,43 +1,13 @@
 """Processes to kill, starve and lie to."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tav_peft.video.clip import Clip
 
-FORKING = Path(__file__).with_name("forking.py")
 SETTINGS = {"training.steps": 4, "training.save_every": 1, "adapter.rank": 2, "training.lr": 1e-3}
-
-
-@pytest.fixture(scope="session")
-def fork(tmp_path_factory) -> Callable[..., SimpleNamespace]:
-    """Run a command, or code, in a process that has imported everything; see `forking.py`."""
-    safe = ["-P"] if sys.version_info >= (3, 11) else []
-    process = subprocess.Popen(
-        [sys.executable, *safe, str(FORKING)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=tmp_path_factory.mktemp("forking"),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400", "NO_COLOR": "1"},
-    )  # fmt: skip
-
-    def run(folder: Path, *tav: object, **request: object) -> SimpleNamespace:
-        if "code" not in request:
-            request["tav"] = [str(each) for each in tav]
-        process.stdin.write(json.dumps({"folder": str(folder), **request}) + "\n")
-        process.stdin.flush()
-        return SimpleNamespace(**json.loads(process.stdout.readline()))
-
-    yield run
-    process.stdin.close()
-    process.wait(timeout=60)
-    process.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -110,15 +110,15 @@ def run(request: dict) -> None:
 
 def answer(request: dict) -> dict:
     reading, count_to = os.pipe()
-    said = tempfile.TemporaryFile()  # noqa: SIM115  (the fork writes to it)
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (the fork writes to them)
     began = time.monotonic()
     child = os.fork()
     if not child:
         code = 0
         try:
             os.close(reading)
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
             with contextlib_exit:
                 if "line" in request:
                     count_lines(request["line"] or None, count_to)
@@ -143,10 +143,14 @@ def answer(request: dict) -> dict:
         timer.join()
     counted = os.read(reading, 100).decode()
     os.close(reading)
-    said.seek(0)
+    out.seek(0)
+    err.seek(0)
+    stdout, stderr = (each.read().decode(errors="replace") for each in (out, err))
     return {
         "code": os.waitstatus_to_exitcode(status),
-        "said": said.read().decode(errors="replace"),
+        "stdout": stdout,
+        "stderr": stderr,
+        "said": stdout + stderr,
         "lines": int(counted or 0),
         "seconds": time.monotonic() - began,
     }
