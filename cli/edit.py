@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tav_peft.control.steering import Control
     from tav_peft.inversion import Inversion
     from tav_peft.pipeline import TuneAVideoPipeline
+    from tav_peft.recipe import EditingSection
+    from tav_peft.video.clip import Clip
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
@@ -92,11 +94,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     _load_beside(pipe, lora or [], textual_inversion or [])
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
-    if control:
-        latents = source if kept is None else kept.clean
-        seen = source if isinstance(source, Clip) else pipe.decode_latents(latents)[0]
-        start["controls"] = steering.read_controls(control, controlnet, seen, pipe.unet.dtype)
-    on_inversion = start.get("controls", []) if control_inversion else []
+    start["controls"] = _controls(pipe, control, controlnet, source if kept is None else kept.clean)
+    on_inversion = start["controls"] if control_inversion else []
     if mask_word:
         token_places(
             pipe.tokenizer, tuned.provenance.caption, mask_word
@@ -112,19 +111,23 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         start["inversion"], cached = _invert(pipe, source, how.inverting, on_inversion, not no_cache)
     if mask or mask_word:
         start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
+    chosen = no_inversion or depth is not None or guidance is not None
+    hows = [how if chosen else how.suited(tuned.provenance.caption, words) for words in wanted]
     with console.progress_bar("editing") as moved:
-        clips = pipe(
-            wanted, **start, injection=injection, batch_size=batch, progress=moved, **how.sampling
-        ).clips
+        start |= {"injection": injection, "batch_size": batch, "progress": moved}
+        clips = _edited(pipe, wanted, hows, start)
     settings = {
-        **how.sampling, "strength": strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
+        "strength": strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
         "controlnet": controlnet, "control_inversion": control_inversion, "mask": mask, "mask_word": mask_word,
         "inject_attention": inject_attention, "inject_features": inject_features,
         "seed": (seed or 0) if no_inversion else None,
     }  # fmt: skip
-    edits = [write_edit(*each, settings) for each in zip(clips, wanted, files, strict=True)]
+    edits = [
+        write_edit(clip, words, file, own.sampling | settings)
+        for clip, words, file, own in zip(clips, wanted, files, hows, strict=True)
+    ]
     details = {
-        **settings, "inversion": _told(start.get("inversion")), "from_cache": cached,
+        **how.sampling, **settings, "inversion": _told(start.get("inversion")), "from_cache": cached,
         "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
@@ -136,6 +139,31 @@ def _load_beside(pipe: "TuneAVideoPipeline", loras: list[str], words: list[Path]
         pipe.load_lora_weights(*_file_and_name(given, number))
     for word in words:
         pipe.load_textual_inversion(word)
+
+
+def _controls(
+    pipe: "TuneAVideoPipeline", controls: list[str] | None, networks: list[str] | None, source: Any
+) -> "list[Control]":
+    """Load the networks, and make their maps of the source, a clip or its latents."""
+    from tav_peft.video.clip import Clip
+
+    if not controls:
+        return []
+    seen = source if isinstance(source, Clip) else pipe.decode_latents(source)[0]
+    return steering.read_controls(controls, networks, seen, pipe.unet.dtype)
+
+
+def _edited(
+    pipe: "TuneAVideoPipeline", prompts: list[str], hows: "list[EditingSection]", start: dict[str, Any]
+) -> "list[Clip]":
+    """Sample the prompts, those with the same settings together."""
+    clips: dict[int, Clip] = {}
+    for how in dict.fromkeys(hows):
+        own = [place for place, each in enumerate(hows) if each == how]
+        clips.update(
+            zip(own, pipe([prompts[place] for place in own], **start, **how.sampling).clips, strict=True)
+        )
+    return [clips[place] for place in range(len(prompts))]
 
 
 def _invert(

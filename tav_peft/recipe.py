@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from tav_peft.changes import changes
 from tav_peft.errors import RecipeError
 
 
@@ -45,6 +46,7 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Preset = Literal["paper", "hybrid", "lite"]
 Part = Literal["st_attn", "cross_attn", "t_attn"]
+PeftMethod = Literal["lora", "rslora", "dora", "loha", "lokr", "miss", "vera", "fourierft", "oft", "hra"]
 Block = Literal["down", "mid", "up"]
 Fit = Literal["keep", "crop", "pad", "squash"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -99,9 +101,14 @@ class ModelSection(_Frozen):
 
 
 class AdapterSection(_Frozen):
-    """What is trained and in which dtype it is saved; `rank` and `alpha` (None: rank) matter to LoRA only."""
+    """What is trained and in which dtype it is saved.
+
+    `method`, `rank` and `alpha` (None: rank) are of the parts that the preset does not tune densely; `methods` says what
+    the rank is to each method.
+    """
 
     preset: Preset = "paper"
+    method: PeftMethod = "lora"
     rank: Annotated[int, Field(ge=1)] = 4
     alpha: Annotated[_Number, Field(gt=0)] | None = None
     dtype: Precision = "fp16"
@@ -112,7 +119,8 @@ class AdapterSection(_Frozen):
 class TrainingSection(_Frozen):
     """How it is trained: AdamW at a constant rate, one clip, one seed.
 
-    Of a clip of more frames than `window` each step draws so many: the first, and a run of others.
+    Of a clip of more frames than `window` each step draws so many: the first, and a run of others. With `early_stopping`
+    a probe every `probe_every` steps picks the step that is kept, and `patience` probes after the best one end the tuning.
     """
 
     steps: Annotated[int, Field(ge=1)] = 500
@@ -124,16 +132,27 @@ class TrainingSection(_Frozen):
     epsilon: Annotated[_Number, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[_Number, Field(gt=0)] = 1.0
     precision: Precision = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
     save_every: Annotated[int, Field(ge=1)] = 100
     window: Annotated[int, Field(ge=3)] | None = None
+    early_stopping: bool = False
+    probe_every: Annotated[int, Field(ge=1)] = 25
+    patience: Annotated[int, Field(ge=1)] = 4
+
+
+class Resampling(_Frozen):
+    """How deep a clip is inverted before it is resampled, and how strongly the prompt pulls."""
+
+    depth: Annotated[_Number, Field(gt=0, le=1)]
+    guidance_scale: Annotated[_Number, Field(ge=1)]
 
 
 class EditingSection(_Frozen):
     """How the clip is inverted and the tuned model is sampled unless an edit says otherwise.
 
     `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only. A clip of more
-    frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`).
+    frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`). `two_changes` is
+    for prompts that say two new things or more.
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -144,6 +163,13 @@ class EditingSection(_Frozen):
     inversion_iterations: Annotated[int, Field(ge=1)] = 5
     window: Annotated[int, Field(ge=3)] | None = None
     overlap: Annotated[int, Field(ge=1)] = 4
+    two_changes: Resampling | None = None
+
+    def suited(self, caption: str, prompt: str) -> "EditingSection":
+        """Return these settings for a prompt: with those of `two_changes` where it says two new things or more."""
+        if self.two_changes is None or sum(now != "" for _, now in changes(caption, prompt)) < 2:
+            return self
+        return self.replace(**self.two_changes.model_dump())
 
     @property
     def inverting(self) -> dict[str, Any]:
@@ -159,7 +185,7 @@ class EditingSection(_Frozen):
     @property
     def sampling(self) -> dict[str, Any]:
         """Give the arguments of `pipe(prompt, …)`."""
-        inverting = {"inversion_method", "inversion_iterations", "window", "overlap"}
+        inverting = {"inversion_method", "inversion_iterations", "window", "overlap", "two_changes"}
         return {**self.model_dump(exclude=inverting), **self._windows}
 
     @property

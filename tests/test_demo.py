@@ -4,6 +4,7 @@ import pytest
 
 from tav_peft import demo
 from tav_peft.errors import TavError
+from tav_peft.pocket.clips import SHIPPED
 from tav_peft.recipe import Recipe
 from tav_peft.video.clip import Clip
 
@@ -43,3 +44,10 @@ def test_a_folder_with_a_demo_is_left_alone(made):
     with pytest.raises(TavError, match="holds a demo already"):
         demo.demonstrate(made["report"].parent)
     assert made["report"].stat().st_mtime_ns == before
+
+
+def test_each_edit_is_sampled_as_the_recipe_has_it_for_its_prompt():
+    truth = next(clip for clip in SHIPPED if clip.name == "rabbit-grass")
+    for edit in demo.EDITS["rabbit-grass"]:
+        own = Recipe.load("pocket").editing.suited(truth.caption, truth.edited(**edit.changes).caption)
+        assert (edit.depth, edit.guidance_scale) == (own.depth, own.guidance_scale)

@@ -27,7 +27,8 @@ LAYERS = (
     ("unet.probe", "updates"),
     ("unet.attaching",),
     ("unet.auditing",),
-    ("unet.peft_layers", "unet.branches"),
+    ("method_updates", "unet.branches"),
+    ("unet.peft_layers",),
     ("scoring",),
     ("pocket.motion", "pocket.truth"),
     ("pocket.clips", "control.networks"),
@@ -45,7 +46,7 @@ LAYERS = (
         "tensor_file",
         "video.clip",
     ),
-    ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
+    ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "methods", "bases", "pocket.world"),
     (
         "whole",
         "lock",
@@ -57,7 +58,7 @@ LAYERS = (
         "bases.ldm_keys",
         "bases.prediction_type",
     ),
-    ("errors", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
+    ("errors", "changes", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -152,6 +152,7 @@ class Library:
                 "bytes": 10,
             },
             provenance=SimpleNamespace(
+                caption="a rabbit on grass",
                 recipe=settings,
                 editing=settings["editing"],
                 base=SimpleNamespace(name="pocket"),

@@ -37,7 +37,8 @@ def test_several_prompts_share_one_inversion(library, tav):
     result = tav("edit", "a.safetensors", "--prompt", "a panda", "--prompt", "a fox, in the snow!")
     assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-fox-in-the-snow.mp4\n"
     assert len(library.inversions) == 1
-    assert library.edits[0]["prompts"] == ["a panda", "a fox, in the snow!"]
+    assert [edit["prompts"] for edit in library.edits] == [["a panda"], ["a fox, in the snow!"]]
+    assert library.edits[0]["inversion"] is library.edits[1]["inversion"]
 
 
 def test_without_a_prompt_the_recipes_edits_are_made(library, tav):
@@ -198,10 +199,10 @@ def test_a_strength_of_a_lora_that_is_no_number_is_refused(library, tav):
 
 
 def test_prompts_may_come_from_a_file_and_several_are_sampled_at_a_time(library, tav):
-    Path("prompts.txt").write_text("a panda\n\n# not this one\n  a fox, at sunset \n")
+    Path("prompts.txt").write_text("a panda\n\n# not this one\n  a fox on grass \n")
     tav("edit", "a.safetensors", "--prompt", "a duck", "--prompts", "prompts.txt", "--batch", "3")
     (edit,) = library.edits
-    assert edit["prompts"] == ["a duck", "a panda", "a fox, at sunset"]
+    assert edit["prompts"] == ["a duck", "a panda", "a fox on grass"]
     assert edit["batch_size"] == 3
     Path("prompts.txt").write_text("# nothing\n")
     result = tav("edit", "a.safetensors", "--prompts", "prompts.txt")
@@ -257,3 +258,22 @@ def test_what_is_injected_reaches_the_edit_and_wants_an_inversion(library, tav):
     refused = tav("edit", "a.safetensors", "--prompt", "a cat", "--no-inversion", "--inject-attention", "0.5")
     assert refused.exit_code == 2
     assert "comes from the inversion" in refused.stderr
+
+
+def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_depth_or_guidance_is_given(
+    library, tav
+):
+    words = ["--prompt", "a panda on grass", "--prompt", "a fox on the moon", "--prompt", "a rabbit on snow"]
+    made = tav("edit", "a.safetensors", *words)
+    assert made.stdout.split() == [f"a-edits/{name}.mp4" for name in
+                                   ("a-panda-on-grass", "a-fox-on-the-moon", "a-rabbit-on-snow")]  # fmt: skip
+    assert [(edit["prompts"], edit["depth"], edit["guidance_scale"]) for edit in library.edits] == [
+        (["a panda on grass", "a rabbit on snow"], 1.0, 4.0), (["a fox on the moon"], 0.55, 7.0),
+    ]  # fmt: skip
+    settings = Record.beside(Path("a-edits/a-fox-on-the-moon.mp4")).settings
+    assert (settings["depth"], settings["guidance_scale"]) == (0.55, 7.0)
+    for option in (["--depth", "0.9"], ["--guidance", "3"], ["--no-inversion"]):
+        tav("edit", "a.safetensors", "--prompt", "a fox on the moon", *option, "--overwrite")
+    assert [(edit["depth"], edit["guidance_scale"]) for edit in library.edits[2:]] == [
+        (0.9, 4.0), (1.0, 3.0), (1.0, 4.0),
+    ]  # fmt: skip
