@@ -9,6 +9,7 @@ from tav_peft.cli import console, settings
 from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, PredictionType, open_base
 
 if TYPE_CHECKING:
+    from tav_peft.adapter import Provenance
     from tav_peft.pipeline import TuneAVideoPipeline
     from tav_peft.recipe import Recipe
     from tav_peft.video.clip import Clip
@@ -62,15 +63,30 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         return
     console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
     with console.tuning_bar() as bar:
-        tune(pipe, source, caption, chosen, output=target, progress=bar,
-             keep_latents=keep_latents, overwrite=overwrite, restart=restart)  # fmt: skip
+        made = tune(
+            pipe, source, caption, chosen, output=target, progress=bar,
+            keep_latents=keep_latents, overwrite=overwrite, restart=restart,
+        ).provenance  # fmt: skip
+    if made.step_probes:
+        console.say(_choice(made))
     details = {
         "adapter": target, "bytes": target.stat().st_size, "loss_plot": Trail(target).plot,
         "trail": Trail(target).folder, "base": on, "recipe": chosen.name, "prompt": caption,
-        "steps": chosen.training.steps, "loss": bar.loss, "seconds": round(perf_counter() - began, 1),
+        "steps": chosen.training.steps, "kept_step": made.step, "loss": bar.loss,
+        "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.say(f"{console.size_text(target.stat().st_size)}. Next: tav edit {target} --prompt '…'")
     console.report([target], details, as_json)
+
+
+def _choice(made: "Provenance") -> str:
+    """Say which step early stopping picked, and by what."""
+    kept = next(probe for probe in made.step_probes if probe.step == made.step)
+    return (
+        f"Step {kept.step} is kept, of {made.step_probes[-1].step} taken: there the error about the clip is "
+        f"{kept.reconstruction:.0%} of the base's, and another prompt changes {kept.response:.0%} of what it changes in "
+        "the base. Other steps are in the trail."
+    )
 
 
 def _check(

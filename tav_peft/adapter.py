@@ -89,6 +89,22 @@ class ProbeInfo(_Section):
     std: float = pydantic.Field(gt=0)
 
 
+class StepProbe(_Section):
+    """What a tuning has learned and lost after some steps, each as a share of the base's own (see `early_stopping`).
+
+    `reconstruction` is the error about the clip, `response` what another prompt changes.
+    """
+
+    step: int
+    reconstruction: float
+    response: float
+
+    @property
+    def gain(self) -> float:
+        """What early stopping looks for the most of: what is learned of the clip, and kept of the prompts' effect."""
+        return self.response - self.reconstruction
+
+
 class MergedAdapter(_Section):
     """One of the adapters that were merged; `fingerprint` is `hash_tensors` of it."""
 
@@ -127,6 +143,7 @@ class Provenance(_Section):
     """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in.
 
     `derived_from` lists what tools did to it since it was tuned or merged, in that order.
+    `step_probes` are what early stopping chose `step` by.
     `temporal_branches` is how many temporal attentions run side by side in it; their weights are stacked then.
     """
 
@@ -141,6 +158,7 @@ class Provenance(_Section):
     recipe: dict[str, Any]
     versions: dict[str, str]
     probe: ProbeInfo | None = None
+    step_probes: tuple[StepProbe, ...] = ()
     merged_from: MergeInfo | None = None
     derived_from: tuple[Derivation, ...] = ()
     temporal_branches: int = pydantic.Field(default=1, ge=1)

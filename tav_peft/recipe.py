@@ -120,7 +120,7 @@ class TrainingSection(_Frozen):
     """How it is trained: AdamW at a constant rate, one clip, one seed.
 
     Of a clip of more frames than `window` each step draws so many: the first, and a run of others. With `early_stopping`
-    a probe every `probe_every` steps picks the step that is kept, and `patience` probes after the best one end the tuning.
+    a probe every `probe_every` steps picks the step that is kept; `patience` probes after the best one the tuning ends.
     """
 
     steps: Annotated[int, Field(ge=1)] = 500

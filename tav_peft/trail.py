@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tav_peft.adapter import StepProbe
 from tav_peft.errors import AdapterError, TuningError
 from tav_peft.tensor_file import check_hashes, read_tensors, write_tensors
 from tav_peft.whole import whole
@@ -93,15 +94,15 @@ def settings_key(**settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def plot_losses(losses: Sequence[float], path: Path) -> None:
-    """Draw the loss of each step and its running mean."""
+def plot_losses(losses: Sequence[float], path: Path, probes: Sequence[StepProbe] = ()) -> None:
+    """Draw the loss of each step and its running mean, and below them what early stopping saw."""
     from matplotlib.figure import Figure
 
     values = torch.tensor(losses)
     window = max(1, min(25, len(losses) // 4))
     mean: Tensor = values.unfold(0, window, 1).mean(dim=1)
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 6 if probes else 3.5), layout="constrained")
+    axes, *below = figure.subplots(1 + bool(probes), sharex=True, squeeze=False)[:, 0]
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#9db4c8", linewidth=0.8, label="each step")
     axes.plot(
@@ -114,5 +115,22 @@ def plot_losses(losses: Sequence[float], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    for panel in below:
+        _plot_probes(panel, probes)
     with whole(path, TuningError) as part:
         figure.savefig(part, format="png", dpi=130)
+
+
+def _plot_probes(axes: Any, probes: Sequence[StepProbe]) -> None:
+    steps = [probe.step for probe in probes]
+    for name, colour, label in (
+        ("reconstruction", "#c2452d", "error about the clip"),
+        ("response", "#2d6cc2", "what another prompt changes"),
+    ):
+        values = [getattr(probe, name) for probe in probes]
+        axes.plot(steps, values, color=colour, marker="o", markersize=3, label=label)
+    kept = max(probes, key=lambda probe: probe.gain)
+    axes.axvline(kept.step, color="#555555", linewidth=1, linestyle=":", label=f"kept: step {kept.step}")
+    axes.set(xlabel="step", ylabel="share of the base's", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)

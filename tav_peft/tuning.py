@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter, ClipInfo, Provenance, library_versions
-from tav_peft.errors import TuningError
+from tav_peft.early_stopping import PROBES, EarlyStopping, Watch
+from tav_peft.errors import AdapterError, TuningError
 from tav_peft.formats.origin import base_info, initial_temporal
 from tav_peft.lock import locked
 from tav_peft.objective import denoising_loss
@@ -83,6 +84,7 @@ def _tuned(
     kept = {LATENTS: pipe.encode_clip(clip).cpu().to(dtype)} if keep_latents else {}
     generator = torch.Generator().manual_seed(settings.seed)
     loss_of = partial(denoising_loss, pipe, moments, told, generator, settings.window)
+    stopping = EarlyStopping(settings, trail)
     with (
         _accelerator(pipe, settings.precision) as accelerator,
         trainable(
@@ -93,7 +95,8 @@ def _tuned(
     ):
         optimization = Optimization(part.parameters, settings, accelerator, generator)
         key = _key(recipe, provenance)
-        _resume(optimization, trail, key)
+        stopping.begin(partial(Watch, pipe, accelerator.autocast, moments[0], prompt, recipe))
+        _resume(optimization, stopping, trail, key)
 
         def adapter() -> Adapter:
             stepped = provenance.model_copy(update={"step": len(optimization.losses)})
@@ -103,32 +106,33 @@ def _tuned(
         def keep() -> None:
             if trail is not None and optimization.losses and optimization.is_whole:
                 adapter().save(trail.at_step(len(optimization.losses)))
-                trail.save_state(key, optimization.state())
+                trail.save_state(key, optimization.state() | stopping.state())
 
         try:
-            for done in optimization.steps(loss_of):
+            for done in stopping.watched(optimization.steps(loss_of), len(optimization.losses), adapter):
                 if done.step % settings.save_every == 0 and done.step < settings.steps:
                     keep()
                 if progress is not None:
                     progress(done)
-            tuned = adapter()
+            tuned = stopping.chosen or adapter()
         except KeyboardInterrupt:
             keep()
             raise
         except TuningError as error:
             raise TuningError(f"{error}{trail.kept() if trail else ''}") from None
         if trail is not None:  # killed from here on, it goes on from its last step
-            trail.save_state(key, optimization.state())
+            trail.save_state(key, optimization.state() | stopping.state())
     return probed(tuned, pipe.unet) if trail is None else _finish(tuned, pipe, trail, optimization.losses)
 
 
-def _resume(optimization: Optimization, trail: Trail | None, key: str) -> None:
+def _resume(optimization: Optimization, stopping: EarlyStopping, trail: Trail | None, key: str) -> None:
     state = None if trail is None else trail.load_state(key)
     if trail is None or state is None:
         return
     try:
+        stopping.restore(state.pop(PROBES, None))
         optimization.restore(state)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no state of a generator
+    except (AdapterError, ValueError, RuntimeError) as error:  # RuntimeError: no state of a generator
         raise trail.refusal(str(error)) from None
 
 
@@ -140,7 +144,7 @@ def _finish(tuned: Adapter, pipe: TuneAVideoPipeline, trail: Trail, losses: list
         tuned.save(trail.output)  # hours of tuning must not depend on a probe
         trail.clear_state()
         raise
-    plot_losses(losses, trail.plot)
+    plot_losses(losses, trail.plot, result.provenance.step_probes)
     result.save(trail.output)
     trail.clear_state()
     return result

@@ -64,6 +64,8 @@ class Library:
     claims: list[Any] = field(default_factory=list)
     verified: list[tuple[Path, Any, Path | None]] = field(default_factory=list)
     probe: Any = None
+    kept_step: int | None = None
+    step_probes: tuple[Any, ...] = ()
     source: Any = None
     failure: BaseException | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe.load("pocket"))
@@ -84,6 +86,9 @@ class Library:
         for step in (1, steps):
             progress(SimpleNamespace(step=step, steps=steps, loss=1 / step, seconds_per_step=0.5))
         output.write_bytes(bytes(1300))
+        return SimpleNamespace(
+            provenance=SimpleNamespace(step=self.kept_step or steps, step_probes=self.step_probes)
+        )
 
     def from_pretrained(self, base: str, **options: object) -> "Library":
         self.bases.append(base)

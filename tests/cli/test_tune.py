@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,9 +108,22 @@ def test_json_is_one_object_with_paths_and_numbers(library, tav):
         "recipe": "paper",
         "prompt": "a rabbit",
         "steps": 4,
+        "kept_step": 4,
         "loss": 0.25,
         "seconds": 0,
     }
+
+
+def test_the_step_that_early_stopping_keeps_is_said_with_the_reason(library, tav):
+    assert "is kept" not in tav("tune", "clip.mp4", *PROMPT).stderr
+    library.kept_step = 2
+    library.step_probes = tuple(
+        SimpleNamespace(step=step, reconstruction=0.9 / step, response=1 - 0.1 * step) for step in (2, 4)
+    )
+    said = tav("tune", "clip.mp4", *PROMPT, "-o", "b.safetensors").stderr
+    assert "Step 2 is kept, of 4 taken" in said
+    assert "45% of the base's" in said
+    assert "changes 80%" in said
 
 
 @pytest.mark.parametrize(
