@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tav_peft.hashes import HEADER_HASH, hash_header, is_hashed
+from tav_peft.methods import METHODS, method_of
 from tav_peft.presets import PARTS
 
 FORMAT_VERSION = 1
@@ -103,11 +104,12 @@ def summarise(
             row["tensors"] += 1
             row["parameters"] += parameters
             row["bytes"] += count
-    config = config or {}
+    method = METHODS[method_of(config)]
     return {
         "preset": preset,
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
+        "method": None if config is None else method_of(config),
+        "rank": None if config is None else method.rank(config),
+        "alpha": None if config is None else config.get(method.alpha),
         "parts": parts,
         "parameters": sum(row["parameters"] for row in parts.values()),
         "bytes": sum(row["bytes"] for row in parts.values()),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tav_peft.errors import RecipeError
+from tav_peft.methods import METHODS, config_for
 
 if TYPE_CHECKING:
     # importing them takes long, and the names of the parts are wanted without
-    from peft import LoraConfig
+    from peft import PeftConfig
 
-    from tav_peft.recipe import Block, Part, Preset
+    from tav_peft.recipe import Block, Part, PeftMethod, Preset
 
 # Wu et al. 2023, section 3.3: the query projections of ST-Attn and cross-attention, and all of T-Attn
 PARTS: dict[Part, tuple[str, ...]] = {
@@ -22,7 +23,7 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "t_attn": ("attn_temp.to_q", "attn_temp.to_k", "attn_temp.to_v", "attn_temp.to_out.0"),
 }
 BLOCKS: dict[Block, str] = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-# which parts of a preset are dense; the others are LoRAs
+# which parts of a preset are dense; the others are LoRAs, or what another of PEFT's methods has in their place
 PRESETS: dict[Preset, frozenset[Part]] = {
     "paper": frozenset(PARTS),
     "hybrid": frozenset({"t_attn"}),
@@ -32,7 +33,10 @@ PRESETS: dict[Preset, frozenset[Part]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Which modules of an inflated UNet an adapter updates: as LoRA, or densely (every weight its own update)."""
+    """Which modules of an inflated UNet an adapter updates: by a LoRA, or densely (every weight its own update).
+
+    Another of PEFT's methods stands where a LoRA does.
+    """
 
     preset: Preset = "lite"
     parts: tuple[Part, ...] = tuple(PARTS)
@@ -52,7 +56,7 @@ class Subset:
 
     @property
     def lora_parts(self) -> tuple[Part, ...]:
-        """Parts whose update is a LoRA."""
+        """Parts whose update is a LoRA, or another method's."""
         return tuple(part for part in self.parts if part not in PRESETS[self.preset])
 
     @property
@@ -61,7 +65,7 @@ class Subset:
         return tuple(part for part in self.parts if part in PRESETS[self.preset])
 
     def lora_modules(self, names: Iterable[str]) -> list[str]:
-        """Those of an inflated UNet's module names that carry a LoRA, in order."""
+        """Those of an inflated UNet's module names that carry a LoRA, or another method's layer, in order."""
         return self._matching(names, self.lora_parts)
 
     def dense_modules(self, names: Iterable[str]) -> list[str]:
@@ -69,24 +73,40 @@ class Subset:
         return self._matching(names, self.dense_parts)
 
     def peft_config(
-        self, names: Iterable[str], *, rank: int, alpha: float | None = None
-    ) -> LoraConfig | None:
-        """Build the stock PEFT config, or None where no part is a LoRA.
+        self,
+        names: Iterable[str],
+        *,
+        rank: int,
+        alpha: float | None = None,
+        method: PeftMethod = "lora",
+    ) -> PeftConfig | None:
+        """Build the stock PEFT config, or None where all parts are dense.
 
-        `alpha` defaults to `rank` (scale 1). A dense T-Attn is PEFT's `modules_to_save`; dense query projections
-        have no PEFT form, since absolute weights would overwrite a DreamBooth base.
+        `alpha` defaults to `rank` (for a LoRA scale 1). A dense T-Attn is PEFT's `modules_to_save`; dense query
+        projections have no PEFT form, since absolute weights would overwrite a DreamBooth base.
+
+        Raises:
+            RecipeError: when the method cannot tune the parts, or not with this rank and alpha.
+
         """
-        from peft import LoraConfig
-
         if not self.lora_parts:
+            if method != "lora":
+                raise RecipeError(
+                    f"method {method}: the preset {self.preset} tunes {', '.join(self.parts)} densely, by no method. "
+                    "Choose the preset hybrid or lite."
+                )
             return None
-        names = list(names)
-        return LoraConfig(
-            r=rank,
-            lora_alpha=rank if alpha is None else alpha,
+        if METHODS[method].turns and "t_attn" in self.lora_parts:
+            raise RecipeError(
+                f"method {method}: it turns weights, and T-Attn's output weights are 0 at first and would stay so. "
+                "Choose the preset hybrid, whose T-Attn is dense."
+            )
+        return config_for(
+            method,
+            rank=rank,
+            alpha=alpha,
             target_modules=self._pattern(self.lora_parts),
-            modules_to_save=self._whole_temporal(names) if "t_attn" in self.dense_parts else None,
-            bias="none",
+            modules_to_save=self._whole_temporal(list(names)) if "t_attn" in self.dense_parts else None,
         )
 
     def _pattern(self, parts: Iterable[Part]) -> str:
@@ -112,13 +132,3 @@ def part_of(module: str) -> Part:
         if module.endswith(ends):
             return part
     raise ValueError(f"{module} belongs to no part")
-
-
-def json_config(config: LoraConfig) -> dict[str, Any]:
-    """Reduce a PEFT config to the JSON of what it says beyond PEFT's defaults, so that other versions read it."""
-    from peft import LoraConfig
-
-    default = LoraConfig().to_dict()
-    given = {key: value for key, value in config.to_dict().items() if value != default[key]}
-    given |= {"peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(given.items())}

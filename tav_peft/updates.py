@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter, split_name
 from tav_peft.errors import AdapterError
-from tav_peft.presets import PARTS
+from tav_peft.method_updates import MethodUpdates
+from tav_peft.methods import METHODS, is_lora, read_config
+from tav_peft.presets import PARTS, part_of
 from tav_peft.recipe import Part
 from tav_peft.tensor_file import LazyTensors, layout_of
 from tav_peft.unet import temporal_init
@@ -26,23 +27,26 @@ class Updates(LazyTensors):
     """ΔW in float32 by the name of the UNet's parameter; nothing is read before it is asked for.
 
     Of a LoRA it is scale·B·A, a dense query update is one itself, and of a dense T-Attn it is W - W0 with the initial
-    value W0 of its seed. `name` is what errors call the adapter.
+    value W0 of its seed; of other methods see `method_updates`. `name` is what errors call the adapter, and `weight`
+    gives the base's own weights, which methods need that turn them.
 
     Raises:
-        AdapterError: when tensors are missing or too many, or the LoRA is one with other than A and B.
+        AdapterError: when tensors are missing or too many, the LoRA has biases, or the method needs a base.
 
     """
 
-    def __init__(self, adapter: Adapter, name: str) -> None:
+    def __init__(self, adapter: Adapter, name: str, weight: Callable[[str], Tensor] | None = None) -> None:
         self.adapter = adapter
         self.name = name
-        self._config = LoraConfig(**adapter.peft_config) if adapter.peft_config is not None else None
-        if self._config is not None and (self._config.use_dora or self._config.lora_bias):
+        self._made = MethodUpdates(adapter, name, weight)
+        low = adapter.peft_config is not None and is_lora(adapter.peft_config)
+        self._config = read_config(adapter.peft_config or {}) if low else None
+        if self._config is not None and self._config.lora_bias:
             raise AdapterError(
-                f"{name} is a LoRA with DoRA's magnitudes or with biases, whose update is not scale·B·A. Retune without."
+                f"{name} is a LoRA with biases, whose update is not scale·B·A alone. Retune without."
             )
         self._tensors = layout_of(adapter.tensors)
-        self.layout = {}
+        self.layout = dict(self._made.layout)
         for given in self._tensors:
             if given == LATENTS:
                 continue
@@ -50,7 +54,7 @@ class Updates(LazyTensors):
             if kind == "lora_B.weight":
                 rows, columns = self._tensors[given].shape[0], self._columns(module)
                 self.layout[f"{module}.weight"] = torch.empty(rows, columns, device="meta")
-            elif kind != "lora_A.weight":
+            elif kind in ("diff", "weight", "bias"):
                 parameter = f"{module}.weight" if kind == "diff" else given
                 self.layout[parameter] = torch.empty(self._tensors[given].shape, device="meta")
         self._check_whole()
@@ -59,6 +63,11 @@ class Updates(LazyTensors):
     def dtypes(self) -> set[torch.dtype]:
         """In what precisions the adapter's tensors are."""
         return {like.dtype for name, like in self._tensors.items() if name != LATENTS}
+
+    @property
+    def dense_parts(self) -> set[Part]:
+        """Parts whose updates are no LoRAs."""
+        return {part_of(name.rpartition(".")[0]) for name in self.layout if self.rank(name) is None}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -73,7 +82,7 @@ class Updates(LazyTensors):
     def rank(self, parameter: str) -> int | None:
         """Rank of the LoRA on a parameter, None where its update is dense."""
         A = self._tensors.get(f"{parameter.removesuffix('.weight')}.lora_A.weight")
-        return None if A is None else A.shape[0]
+        return None if A is None or parameter in self._made else A.shape[0]
 
     def scale(self, parameter: str) -> float:
         """Give what the LoRA on a parameter is multiplied by: alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023)."""
@@ -100,10 +109,14 @@ class Updates(LazyTensors):
         """Give the tuned value W of a T-Attn parameter, in float32."""
         if parameter in self.adapter.tensors:
             return self.adapter.tensors[parameter].float()
+        if parameter in self._made:
+            return self._initial(parameter) + self._made[parameter]
         B, A = self.factors(parameter)
         return self._initial(parameter) + B @ A
 
     def __getitem__(self, parameter: str) -> Tensor:
+        if parameter in self._made:
+            return self._made[parameter]
         if self.rank(parameter) is not None:
             B, A = self.factors(parameter)
             return B @ A
@@ -135,7 +148,15 @@ class Updates(LazyTensors):
             for part in subset.parts
             for end in tensor_ends(part, dense=part in subset.dense_parts)
         }
-        wrong = sorted(expected ^ {name for name in self._tensors if name != LATENTS})
+        there = {name for name in self._tensors if name != LATENTS}
+        if self.adapter.peft_config is not None and self._config is None:
+            # MethodUpdates has compared the tensors in each module
+            expected = {name.rsplit(".lora_", 1)[0] for name in expected}
+            there = {
+                module if kind in METHODS[self.adapter.method].kinds else f"{module}.{kind}"
+                for module, kind in map(split_name, there)
+            }
+        wrong = sorted(expected ^ there)
         if wrong:
             raise AdapterError(
                 f"{self.name}: {len(wrong)} tensors are missing or do not belong to its preset {subset.preset}, first "

@@ -27,7 +27,7 @@ from tav_peft.unet import probe as probes
 from tav_peft.unet import temporal_init
 from tav_peft.unet.auditing import audit_modules, has_branches, temporal_fingerprint
 from tav_peft.unet.inflation import InflatedUNet
-from tav_peft.unet.peft_layers import lora_config
+from tav_peft.unet.peft_layers import layers_config
 
 Verdict = Literal["holds", "differs", "not checked", "noted"]  # noted: told, and neither right nor wrong
 
@@ -112,7 +112,7 @@ def _config(adapter: Adapter) -> Claim:
     lora = {name for name in names if {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= weights.keys()}
     wrong = (lora ^ {*subset.lora_modules(names)}) | ({*names} - lora ^ {*subset.dense_modules(names)})
     if adapter.peft_config is not None:
-        config = lora_config(adapter.peft_config)
+        config = layers_config(adapter.peft_config)
         wrong |= lora ^ {name for name in names if check_target_module_exists(config, name)}
         wrong |= {name for name in lora if not _has_rank(weights, name, config)}
     claimed = f"{subset.preset}: {', '.join(subset.parts)}"

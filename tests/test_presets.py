@@ -4,7 +4,8 @@ import pytest
 from peft import LoraConfig
 
 from tav_peft.errors import RecipeError
-from tav_peft.presets import Subset, json_config, part_of
+from tav_peft.methods import json_config
+from tav_peft.presets import Subset, part_of
 
 # attention blocks of the tiny UNet: two levels down and up, one layer down and two up a level
 BLOCKS = [

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tav_peft.adapter import LATENTS, Adapter, check_values, split_name
 from tav_peft.errors import AdapterError
-from tav_peft.presets import Subset, json_config, part_of
+from tav_peft.methods import is_lora, json_config
+from tav_peft.presets import Subset, part_of
 from tav_peft.tensor_file import LazyTensors, layout_of
 from tav_peft.updates import Updates
 
@@ -86,8 +87,10 @@ def left_out(adapter: Adapter) -> list[LeftOut]:
 def image_part(adapter: Adapter) -> Adapter:
     """Give the adapter without T-Attn and latents; its tensors are read when they are asked for.
 
+    Updates by another method than LoRA become dense ones.
+
     Raises:
-        AdapterError: when it is T-Attn alone.
+        AdapterError: when it is T-Attn alone, or its method turns the weights of a base.
 
     """
     absent = {name for each in left_out(adapter) for name in each.names}
@@ -101,12 +104,17 @@ def image_part(adapter: Adapter) -> Adapter:
     tensors = RenamedTensors(adapter.tensors, {name: name for name in kept})
     given, subset = adapter.provenance, adapter.subset
     if "t_attn" not in subset.parts:
-        return Adapter(tensors, adapter.peft_config, given)
+        return _spelled(Adapter(tensors, adapter.peft_config, given))
     subset = Subset(subset.preset, tuple(part for part in subset.parts if part != "t_attn"), subset.blocks)
     # the probe was taken with T-Attn
     changed = {"subset": _as_json(subset), "probe": None, "temporal_branches": 1}
     config = None if adapter.peft_config is None else _reduced(adapter.peft_config, subset, kept)
-    return Adapter(tensors, config if subset.lora_parts else None, given.model_copy(update=changed))
+    return _spelled(Adapter(tensors, config if subset.lora_parts else None, given.model_copy(update=changed)))
+
+
+def _spelled(adapter: Adapter) -> Adapter:
+    """Give an adapter of query projections as LoRAs or dense updates, for which other tools have names."""
+    return adapter if is_lora(adapter.peft_config) else as_dense(adapter)
 
 
 def loras(adapter: Adapter) -> list[Query]:
@@ -129,13 +137,13 @@ def loras(adapter: Adapter) -> list[Query]:
 
 
 def as_dense(adapter: Adapter) -> Adapter:
-    """Give an adapter of query projections with dense updates: scale·B·A of its LoRAs, in the precision of B."""
+    """Give an adapter of query projections with dense updates, multiplied out, in the precision of its tensors."""
     if adapter.peft_config is None:
         return adapter
     updates, layout, makers = Updates(adapter, "the adapter"), layout_of(adapter.tensors), {}
     for parameter, like in updates.layout.items():
         module = parameter.removesuffix(".weight")
-        dtype = layout[f"{module}.lora_B.weight"].dtype
+        dtype = next(each.dtype for name, each in layout.items() if name.startswith(f"{module}."))
         makers[f"{module}.diff"] = like.to(dtype), _product(updates, parameter, dtype)
     subset = Subset("paper", adapter.subset.parts, adapter.subset.blocks)
     changed = {"subset": _as_json(subset), "probe": None}

@@ -62,7 +62,7 @@ def write(adapter: Adapter, path: Path, base: LoadedBase) -> Path:
             f"The adapter has {info.temporal_branches} temporal attentions side by side, a checkpoint has one. "
             "Merge by another method, such as linear."
         )
-    updates, init = Updates(adapter, "the adapter"), info.temporal_init
+    updates, init = Updates(adapter, "the adapter", base.unet.get_parameter), info.temporal_init
     state = _state(base.unet, init.seed)
     tensors: LazyTensors = UpdatedTensors(state, updates, {name: name for name in updates})
     tuned = not _at_rest(state, updates, init.seed)

@@ -25,7 +25,8 @@ from tav_peft.formats.lora_config import LoraConfigText
 from tav_peft.formats.lora_module import LoraModule
 from tav_peft.formats.lora_tensors import name_format, sort_tensors
 from tav_peft.formats.origin import check_base, imported_from
-from tav_peft.presets import BLOCKS, PARTS, Subset, json_config, part_of
+from tav_peft.methods import json_config
+from tav_peft.presets import BLOCKS, PARTS, Subset, part_of
 from tav_peft.recipe import Recipe
 from tav_peft.tensor_file import FileTensors, layout_of
 from tav_peft.unet.probe import probed

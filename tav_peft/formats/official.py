@@ -16,7 +16,8 @@ from tav_peft.formats import inflated
 from tav_peft.formats.loaded_base import LoadedBase
 from tav_peft.formats.official_run import find_run, read_weights
 from tav_peft.formats.origin import UNKNOWN_CLIP, check_base, imported_from
-from tav_peft.presets import PARTS, Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import PARTS, Subset
 from tav_peft.unet.inflation import InflatedUNet, is_temporal
 from tav_peft.unet.probe import probed
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tav_peft.adapter import LATENTS, Adapter, check_tensors, parse_config, parse_provenance, split_name
 from tav_peft.errors import AdapterError
 from tav_peft.formats.image_part import MadeTensors, eye_of, reader
-from tav_peft.presets import json_config
+from tav_peft.methods import json_config
 from tav_peft.tensor_file import check_hashes, layout_of, read_tensors, write_tensors
 from tav_peft.whole import whole
 

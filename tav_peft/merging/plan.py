@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tav_peft.errors import AdapterError
 from tav_peft.merging.methods import METHODS, SUMS
-from tav_peft.presets import BLOCKS, PARTS, Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import BLOCKS, PARTS, Subset
 from tav_peft.recipe import Part, Precision, Preset
 from tav_peft.shapes import DTYPES
 from tav_peft.unet.branches import stacked_shape
@@ -143,7 +144,7 @@ def _with_rank(given: Sequence[Updates], settings: MergeSettings) -> MergeSettin
 def _preset(given: Sequence[Updates], settings: MergeSettings, branches: int) -> Preset:
     if settings.method not in SUMS and settings.rank is None:
         return "paper"
-    dense = {part for each in given for part in each.adapter.subset.dense_parts}
+    dense = {part for each in given for part in each.dense_parts}
     if settings.rank is not None:
         dense &= {"t_attn"}
     if branches > 1:

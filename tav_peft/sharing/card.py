@@ -68,7 +68,8 @@ class Card:
             }
             for prompt, files in _by_prompt(self.samples).items()
         ]
-        tags = [tag for tag in TAGS if tag != "lora" or self.adapter.peft_config is not None]
+        told = self.adapter.summary()
+        tags = [tag for tag in TAGS if tag != "lora" or told["method"] in ("lora", "rslora")]
         data = ModelCardData(
             # hubs take nothing but a name of theirs here
             base_model=self.base if NAME.fullmatch(self.base) else None,
@@ -100,7 +101,9 @@ class Card:
             )
         called = "" if self.base == made.base.name else f" (called {made.base.name} by who tuned it)"
         yield "base", f"{self.base}{called}; it predicts {made.base.prediction_type}"
-        rank = "" if told["rank"] is None else f", rank {told['rank']}, alpha {told['alpha']:g}"
+        method = "" if told["method"] in (None, "lora") else f", {told['method']}"
+        rank = "" if told["rank"] is None else f"{method}, rank {told['rank']}"
+        rank += "" if told["alpha"] is None else f", alpha {told['alpha']:g}"
         yield (
             "adapter",
             f"preset {told['preset']}: {', '.join(made.subset['parts'])}{rank}; {size_text(told['bytes'])}",

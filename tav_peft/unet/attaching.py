@@ -5,37 +5,52 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tav_peft.adapter import Adapter, split_name
 from tav_peft.errors import AdapterError
+from tav_peft.method_updates import MethodUpdates
+from tav_peft.methods import is_lora
 from tav_peft.presets import PARTS, part_of
 from tav_peft.recipe import Part
 from tav_peft.unet.auditing import audit, has_branches
 from tav_peft.unet.branches import add_branches, remove_branches, set_branch_strength
 from tav_peft.unet.inflation import InflatedUNet, is_temporal
-from tav_peft.unet.peft_layers import inject_layers, layers_of, lora_config, parameter_of, remove_layers
+from tav_peft.unet.peft_layers import inject_layers, layers_config, layers_of, parameter_of, remove_layers
 
 Strength = float | Mapping[Part, float]
 
 
 @dataclasses.dataclass
 class _Slot:
-    """An attached adapter; `inner` is its name inside PEFT, chosen so that it can be part of no module path."""
+    """An attached adapter; `inner` is its name inside PEFT, chosen so that it can be part of no module path.
+
+    `updates` are ΔW by the UNet's parameter of what was tuned by another method than LoRA.
+    """
 
     adapter: Adapter
     inner: str
     strength: dict[Part, float]
+    updates: Mapping[str, Tensor]
+
+
+class _Term(NamedTuple):
+    """What an adapter adds to a parameter: an update, or an absolute value, whose update counts from the first one."""
+
+    strength: float
+    tensor: Tensor
+    absolute: bool
 
 
 class Attachments:
     """The adapters on one UNet.
 
     Every module follows one law, W = W0 + Σ strength · ΔW, so strength 0 is exactly the base. LoRAs are PEFT layers;
-    a dense update takes the weight's place, whose first value is kept and put back bit for bit. The first adapter
+    a dense update, or one by another method, takes the weight's place, whose first value is kept and put back bit for
+    bit. A method that turns weights turns the base's own, whatever else is on the UNet. The first adapter
     switches the UNet to the variant it was tuned in, and the last one to go switches it back.
     """
 
@@ -75,9 +90,9 @@ class Attachments:
         audit(adapter, self.unet)
         self._audit_variant(adapter)
         self._count += 1
-        slot = _Slot(adapter, f"tav_slot_{self._count}", strengths)
-        if adapter.peft_config is not None:
-            inject_layers(self.unet, lora_config(adapter.peft_config), slot.inner)
+        slot = _Slot(adapter, f"tav_slot_{self._count}", strengths, self._updates(adapter))
+        if adapter.peft_config is not None and is_lora(adapter.peft_config):
+            inject_layers(self.unet, layers_config(adapter.peft_config), slot.inner)
             _fill_lora(self.unet, adapter, slot.inner)
         if has_branches(adapter):
             add_branches(self.unet, slot.inner, adapter.weights, adapter.provenance.temporal_branches)
@@ -101,7 +116,7 @@ class Attachments:
                 f"its tensors. Unload {name!r} and load it."
             )
         audit(adapter, self.unet)
-        slot.adapter = adapter
+        slot.adapter, slot.updates = adapter, self._updates(adapter)
         _fill_lora(self.unet, adapter, slot.inner)
         self.apply()
 
@@ -152,20 +167,30 @@ class Attachments:
             set_branch_strength(self.unet, slot.inner, slot.strength["t_attn"])
         self._apply_dense()
 
+    def _updates(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Make the updates of an adapter that was tuned by another method than LoRA."""
+        return dict(MethodUpdates(adapter, "the adapter", self._own_weight))
+
+    def _own_weight(self, name: str) -> Tensor:
+        return self._originals.get(name, parameter_of(self.unet, name).data)
+
     @torch.no_grad()
     def _apply_dense(self) -> None:
-        wanted: dict[str, list[tuple[float, Tensor]]] = {}
+        wanted: dict[str, list[_Term]] = {}
         for slot in self._slots.values():
-            for name, tensor in dense_tensors(slot.adapter).items():
-                strength = slot.strength[part_of(split_name(name)[0])]
-                wanted.setdefault(name, []).append((strength, tensor))
+            whole, updates = dense_tensors(slot.adapter), slot.updates
+            for name, tensor in [*whole.items(), *updates.items()]:
+                strength = slot.strength[part_of(name.rpartition(".")[0])]
+                wanted.setdefault(name, []).append(
+                    _Term(strength, tensor, is_temporal(name) and name in whole)
+                )
         for name in [*self._originals]:
             if name not in wanted:
                 _replace(parameter_of(self.unet, name), self._originals.pop(name))
         for name, terms in wanted.items():
             parameter = parameter_of(self.unet, name)
             original = self._originals.setdefault(name, parameter.data)
-            _replace(parameter, _composite(name, original, terms))
+            _replace(parameter, _composite(original, terms))
 
 
 def _replace(parameter: nn.Parameter, value: Tensor) -> None:
@@ -173,22 +198,22 @@ def _replace(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def _composite(name: str, original: Tensor, terms: list[tuple[float, Tensor]]) -> Tensor:
-    """Sum W0 + Σ s·ΔW, to float32; a T-Attn tensor is absolute, and its ΔW counts from W0, the initial value."""
-    active = [(strength, tensor) for strength, tensor in terms if strength != 0.0]
+def _composite(original: Tensor, terms: list[_Term]) -> Tensor:
+    """Sum W0 + Σ s·ΔW, to float32; the ΔW of an absolute tensor counts from W0, the initial value."""
+    active = [term for term in terms if term.strength != 0.0]
     if not active:
         return original
-    if is_temporal(name) and len(active) == 1 and active[0][0] == 1.0:
-        return active[0][1]  # W0 + (W - W0) without its rounding
+    if len(active) == 1 and active[0].absolute and active[0].strength == 1.0:
+        return active[0].tensor  # W0 + (W - W0) without its rounding
     # the update of an imported run may have more bits than float32, which not every device knows
-    double = any(tensor.dtype == torch.float64 for _, tensor in active)
+    double = any(term.tensor.dtype == torch.float64 for term in active)
     first = original.to("cpu", torch.float64) if double else original.float()
     total = first
-    for strength, tensor in active:
-        update = tensor.to(first.device, first.dtype)
-        if is_temporal(name):
+    for term in active:
+        update = term.tensor.to(first.device, first.dtype)
+        if term.absolute:
             update = update - first
-        total = total + strength * update
+        total = total + term.strength * update
     return total.float()
 
 
@@ -211,7 +236,7 @@ def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
         f"{module}.weight" if kind == "diff" else f"{module}.{kind}": tensor
         for name, tensor in adapter.weights.items()
         for module, kind in [split_name(name)]
-        if not kind.startswith("lora_") and not (has_branches(adapter) and is_temporal(name))
+        if kind in ("diff", "weight", "bias") and not (has_branches(adapter) and is_temporal(name))
     }
 
 
@@ -219,6 +244,6 @@ def dense_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def _fill_lora(unet: InflatedUNet, adapter: Adapter, inner: str) -> None:
     for name, tensor in adapter.weights.items():
         module, kind = split_name(name)
-        if kind.startswith("lora_"):
+        if kind in ("lora_A.weight", "lora_B.weight"):
             target = getattr(unet.get_submodule(module), kind.removesuffix(".weight"))[inner].weight
             target.copy_(tensor)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from tav_peft.adapter import Adapter
 from tav_peft.bases import architecture
 from tav_peft.errors import AdapterError
+from tav_peft.method_updates import shapes
+from tav_peft.methods import is_lora
 from tav_peft.unet import temporal_init
 from tav_peft.unet.branches import stacked_shape
 from tav_peft.unet.inflation import InflatedUNet, is_temporal
-from tav_peft.unet.peft_layers import base_layer, is_added, lora_config, module_names, parameter_of
+from tav_peft.unet.peft_layers import base_layer, is_added, layers_config, module_names, parameter_of
 
 
 def has_branches(adapter: Adapter) -> bool:
@@ -21,15 +26,8 @@ def has_branches(adapter: Adapter) -> bool:
 def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that the adapter's config asks for on this UNet."""
     subset = adapter.subset
-    expected: dict[str, tuple[int, ...]] = {}
+    expected = _method_shapes(adapter, unet)
     names = module_names(unet)
-    ranks = (adapter.peft_config or {}).get("rank_pattern") or {}
-    rank = (adapter.peft_config or {}).get("r", 0)
-    for module in subset.lora_modules(names):
-        weight = parameter_of(unet, f"{module}.weight")
-        own = next((r for key, r in ranks.items() if module.endswith(key)), rank)
-        expected[f"{module}.lora_A.weight"] = (own, weight.shape[1])
-        expected[f"{module}.lora_B.weight"] = (weight.shape[0], own)
     for module in subset.dense_modules(names):
         temporal = is_temporal(f"{module}.")
         for kind, parameter in base_layer(unet.get_submodule(module)).named_parameters():
@@ -39,6 +37,31 @@ def expected_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int
             elif kind == "weight":
                 expected[f"{module}.diff"] = tuple(parameter.shape)
     return expected
+
+
+def _method_shapes(adapter: Adapter, unet: InflatedUNet) -> dict[str, tuple[int, ...]]:
+    config: Mapping[str, Any] = adapter.peft_config or {}
+    expected: dict[str, tuple[int, ...]] = {}
+    modules = adapter.subset.lora_modules(module_names(unet))
+    widths = {module: parameter_of(unet, f"{module}.weight").shape[0] for module in modules}
+    ranks = config.get("rank_pattern") or {}
+    for module, width in widths.items():
+        own = next((r for key, r in ranks.items() if module.endswith(key)), config.get("r", 0))
+        kinds: dict[str, tuple[int, ...]] = {"lora_A.weight": (own, width), "lora_B.weight": (width, own)}
+        if not is_lora(config):
+            kinds = _shapes(adapter, width, max(widths.values()))
+        expected |= {f"{module}.{kind}": shape for kind, shape in kinds.items()}
+    return expected
+
+
+def _shapes(adapter: Adapter, width: int, largest: int) -> dict[str, tuple[int, ...]]:
+    try:
+        return shapes(adapter.peft_config or {}, width, largest)
+    except ValueError as error:
+        raise AdapterError(
+            f"The adapter's {adapter.method} cannot be had on this base: {error}. Use a base like "
+            f"{adapter.provenance.base.name}, or retune."
+        ) from None
 
 
 def audit(adapter: Adapter, unet: InflatedUNet) -> None:
@@ -88,7 +111,7 @@ def audit_modules(adapter: Adapter, unet: InflatedUNet) -> None:
 def _audit_targets(adapter: Adapter, unet: InflatedUNet) -> None:
     if adapter.peft_config is None:
         return
-    config = lora_config(adapter.peft_config)
+    config = layers_config(adapter.peft_config)
     names = module_names(unet)
     targets = [name for name in names if check_target_module_exists(config, name)]
     if targets != adapter.subset.lora_modules(names):

@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 from tav_peft.adapter import Adapter
 from tav_peft.bases import architecture, locate
 from tav_peft.formats import diffusers, kohya
-from tav_peft.presets import Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import Subset
 from tav_peft.updates import Updates
 
 

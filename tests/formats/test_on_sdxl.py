@@ -10,7 +10,8 @@ from tav_peft.adapter import Adapter
 from tav_peft.bases import architecture
 from tav_peft.formats import importing, kohya
 from tav_peft.formats.keys import SCHEMES
-from tav_peft.presets import Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import Subset
 from tav_peft.updates import Updates
 
 

@@ -5,7 +5,8 @@ import torch
 
 from tav_peft.adapter import Adapter
 from tav_peft.formats.image_part import as_dense, image_part, loras
-from tav_peft.presets import Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import Subset
 from tav_peft.tensor_file import layout_of
 from tav_peft.unet.inflation import InflatedUNet
 

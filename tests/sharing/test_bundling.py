@@ -14,7 +14,8 @@ from tav_peft.adapter import LATENTS, Adapter
 from tav_peft.errors import AdapterError
 from tav_peft.header import PREVIEW, parse_preview, read_header, spell_preview
 from tav_peft.merging import merge
-from tav_peft.presets import Subset, json_config
+from tav_peft.methods import json_config
+from tav_peft.presets import Subset
 from tav_peft.sharing.bundling import bundle
 from tav_peft.unet.inflation import InflatedUNet
 from tav_peft.verification import verify
