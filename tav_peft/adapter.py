@@ -15,13 +15,13 @@ from typing import Any
 
 import pydantic
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from tav_peft.errors import AdapterError
 from tav_peft.header import FORMAT_VERSION, PREVIEW, parse_preview, spell_preview, summarise
+from tav_peft.methods import KINDS, method_of, read_config
 from tav_peft.presets import Subset
-from tav_peft.recipe import ModelSection, Precision
+from tav_peft.recipe import ModelSection, PeftMethod, Precision
 from tav_peft.tensor_file import (
     FileTensors,
     check_hashes,
@@ -35,7 +35,7 @@ LATENTS = "source.latents"  # the clip's clean latents, present only when asked 
 _TENSOR = re.compile(
     r"(?P<module>(?:down_blocks|mid_block|up_blocks)\.[\w.]+?"
     r"\.(?:attn[12]\.to_q|attn_temp\.(?:to_q|to_k|to_v|to_out\.0)))"
-    r"\.(?P<kind>lora_A\.weight|lora_B\.weight|diff|weight|bias)"
+    rf"\.(?P<kind>{'|'.join(map(re.escape, KINDS))}|diff|weight|bias)"
 )
 
 
@@ -179,8 +179,9 @@ class Adapter:
     """Named tensors with the config that says how to apply them, and, in a bundle, a small picture of the clip.
 
     Tensor names are module paths of the inflated UNet and one of `lora_A.weight` (rank, in), `lora_B.weight`
-    (out, rank), `diff` (a dense update of a query projection), or `weight`/`bias` (a dense T-Attn, absolute, as in
-    PEFT's modules_to_save). `peft_config` is the JSON form of a stock `LoraConfig`, or None for a dense adapter.
+    (out, rank), what another of PEFT's methods calls its own (`methods`), `diff` (a dense update of a query
+    projection), or `weight`/`bias` (a dense T-Attn, absolute, as in PEFT's modules_to_save). `peft_config` is the JSON
+    form of a stock config, or None for a dense adapter.
     `preview` is an animated WebP of the clip, at most 100 kB.
     """
 
@@ -193,6 +194,11 @@ class Adapter:
     def subset(self) -> Subset:
         """Which parts and blocks the adapter updates."""
         return self.provenance.checked_subset()
+
+    @property
+    def method(self) -> PeftMethod:
+        """PEFT's method by which what is not dense was tuned."""
+        return method_of(self.peft_config)
 
     @property
     def latents(self) -> Tensor | None:
@@ -357,18 +363,16 @@ def parse_provenance(text: str, file: str) -> Provenance:
 
 
 def parse_config(text: str, provenance: Provenance, file: str) -> dict[str, Any] | None:
-    """Parse the PEFT config of a file: one that PEFT takes where a part is a LoRA, none where all are dense."""
+    """Parse the PEFT config of a file: one of a known method where a part has one, none where all are dense."""
     given = _json(text, file)
     if given is None and not provenance.checked_subset().lora_parts:
         return None
     try:
-        config = LoraConfig(**given)
-        if not provenance.checked_subset().lora_parts or config.peft_type != given["peft_type"]:
+        config = read_config(given)
+        if not provenance.checked_subset().lora_parts:
             raise ValueError(f"peft_type {given['peft_type']} for the preset {provenance.subset['preset']}")
         if isinstance(config.target_modules, str):
             re.compile(config.target_modules)
-        if not config.r >= 1 or not config.lora_alpha > 0:
-            raise ValueError(f"rank {config.r}, alpha {config.lora_alpha}")
     except Exception as error:
         raise AdapterError(
             f"{file}: its PEFT config does not fit ({_first_line(error)}). It needs another PEFT, or is damaged."

@@ -88,7 +88,8 @@ def _tuned(
     with (
         _accelerator(pipe, settings.precision) as accelerator,
         trainable(
-            pipe.unet, subset, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha, seed=settings.seed
+            pipe.unet, subset, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha,
+            method=recipe.adapter.method, seed=settings.seed,
         ) as part,
         _checkpointing(pipe, settings.gradient_checkpointing),
         pipe.unet.as_variant(recipe.model),

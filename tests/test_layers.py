@@ -47,7 +47,8 @@ LAYERS = (
         "tensor_file",
         "video.clip",
     ),
-    ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "methods", "bases", "pocket.world"),
+    ("methods",),
+    ("video.preview", "video.record", "video.reading", "video.writing", "recipe", "bases", "pocket.world"),
     (
         "whole",
         "lock",
