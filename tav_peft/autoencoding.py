@@ -1,4 +1,4 @@
-"""Clips to a VAE's latents and back, one frame at a time."""
+"""Clips to a VAE's latents and back, few frames at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tav_peft.errors import TavError
 from tav_peft.shapes import Latents
 from tav_peft.video.clip import Clip
 
+_PIXELS = 256 * 256
+
 
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, clip: Clip, device: torch.device) -> tuple[Latents, Latents]:
@@ -23,8 +25,10 @@ def encode_moments(vae: AutoencoderKL, clip: Clip, device: torch.device) -> tupl
     """
     _check_size(vae, clip)
     with _safe_precision(vae):
-        frames = clip.tensor()[0].transpose(0, 1).to(device, vae.dtype)  # f c h w
-        posteriors = [vae.encode(frame[None]).latent_dist for frame in frames]
+        frames = clip.tensor()[0].transpose(0, 1).to(device, vae.dtype).contiguous()  # f c h w
+        posteriors = [
+            vae.encode(part).latent_dist for part in frames.split(_at_once(clip.height, clip.width))
+        ]
     mean = torch.cat([p.mean for p in posteriors]).transpose(0, 1)[None]
     std = torch.cat([p.std for p in posteriors]).transpose(0, 1)[None]
     return mean, std
@@ -37,7 +41,10 @@ def decode(vae: AutoencoderKL, latents: Latents, *, like: Clip | None = None, fp
     with _safe_precision(vae):
         for video in latents:
             frames = (video / vae.config.scaling_factor).transpose(0, 1).to(vae.dtype)  # f c h w
-            decoded = torch.cat([vae.decode(frame[None]).sample.float().cpu() for frame in frames])
+            frames = frames.contiguous()  # a convolution rounds otherwise for another layout in memory
+            height, width = (side * pixels_per_latent(vae) for side in frames.shape[-2:])
+            parts = frames.split(_at_once(height, width))
+            decoded = torch.cat([vae.decode(part).sample.float().cpu() for part in parts])
             clips.append(Clip.from_tensor(decoded.transpose(0, 1), like=like, fps=fps))
     return clips
 
@@ -45,6 +52,11 @@ def decode(vae: AutoencoderKL, latents: Latents, *, like: Clip | None = None, fp
 def pixels_per_latent(vae: AutoencoderKL) -> int:
     """How many pixels one latent stands for along a side: 8 for Stable Diffusion."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _at_once(height: int, width: int) -> int:
+    """Tell how many frames go through a VAE together: one large one, or more of small ones, where a pass costs more."""
+    return max(1, _PIXELS // (height * width))
 
 
 def _check_size(vae: AutoencoderKL, clip: Clip) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from tav_peft import tuning
+from tav_peft import objective, tuning
 from tav_peft.recipe import Recipe
 from tav_peft.unet.inflation import is_temporal
 
@@ -57,9 +57,9 @@ def test_inversion_goes_through_the_samplers_timesteps_whatever_the_offset(pipe,
 def test_clip_and_text_are_encoded_once_but_latents_are_drawn_at_each_step(pipe, clip):
     calls = {"vae": 0, "text": 0}
     latents: list[torch.Tensor] = []
-    pipe.vae.encoder.register_forward_hook(lambda *_: calls.update(vae=calls["vae"] + 1))
+    pipe.vae.encoder.register_forward_hook(lambda _, given, __: calls.update(vae=calls["vae"] + len(given[0])))
     pipe.text_encoder.register_forward_hook(lambda *_: calls.update(text=calls["text"] + 1))
-    schedule = tuning.DDPMScheduler
+    schedule = objective.DDPMScheduler
 
     class Watched(schedule):
         def add_noise(self, original: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_clip_and_text_are_encoded_once_but_latents_are_drawn_at_each_step(pipe,
             return super().add_noise(original, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "DDPMScheduler", Watched)
+        patch.setattr(objective, "DDPMScheduler", Watched)
         tuning.tune(pipe, clip, "a man", Recipe().override(["training.steps=3"]))
     assert calls == {"vae": clip.frames, "text": 1}
     assert len(latents) == 3
