@@ -77,6 +77,22 @@ def test_what_differs_is_bold_and_what_does_not_is_plain():
     assert "- textual alignment (px): by hand [none]" in text
 
 
+def test_each_method_tells_on_how_many_clips_it_was_made_and_how_its_seeds_differ():
+    rows = rows_of("full", VALUES) + rows_of("sdedit_50", VALUES[:1])
+    for seed, shift in ((1, 2), (2, 4)):  # of the first two clips only
+        rows += [
+            {**each, "seed": seed}
+            for each in rows_of("full", [(a + shift, b + shift) for a, b in VALUES[:2]])
+        ]
+    text = markdown(rows)
+    assert "18 edits: 4 clips, 3 seeds, 2 methods" in text
+    assert "| full method | 4 | " in text
+    assert "| SDEdit at 0.5 | 1 | " in text
+    # the means of the two clips are 2.75, 4.75 and 6.75
+    assert text.split("between seeds")[1].count("| full method | 2 |") == 1
+    assert "between seeds" not in markdown(rows_of("full", VALUES))
+
+
 def test_every_edit_is_a_line_of_the_csv(tmp_path):
     rows = rows_of("full", VALUES) + rows_of("no_tuning", VALUES, "motion_error")
     lines = list(csv.DictReader(write_csv(tmp_path / "r.csv", rows).read_text().splitlines()))
