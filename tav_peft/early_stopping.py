@@ -119,10 +119,14 @@ class EarlyStopping:
         if self._watch is None or not due or step in (probe.step for probe in self._probes):
             return
         self._probes.append(self._watch.measure(step))
-        if self._best_step == step:
-            self._best = adapter()
-            if self._trail is not None:
-                self._best.save(self._trail.at_step(step))
+        is_best = self._best_step == step
+        if not is_best and not self._is_over and step < self._settings.steps:
+            return
+        made = adapter()
+        if is_best:
+            self._best = made
+        if self._trail is not None:  # of the last step too, for those who would have picked it
+            made.save(self._trail.at_step(step))
 
     @property
     def _is_over(self) -> bool:

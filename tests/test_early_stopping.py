@@ -120,7 +120,8 @@ def test_the_best_step_is_kept_and_the_tuning_ends_when_it_is_long_ago(pipe, cli
     told = Adapter.load(tmp_path / "a.safetensors").provenance
     assert (told.step, told.step_probes) == (4, made.provenance.step_probes)
     there = sorted(file.name for file in (tmp_path / "a.trail").iterdir())
-    assert there == ["step-00002.safetensors", "step-00004.safetensors"]
+    assert there == [f"step-{step:05d}.safetensors" for step in (2, 4, 10)]
+    assert Adapter.load(tmp_path / "a.trail" / there[2]).provenance.step == 10
 
 
 def test_the_last_step_is_probed_too(pipe, clip, curve):
