@@ -23,7 +23,12 @@ RecipeName = Annotated[str | None, Option("--recipe", autocompletion=recipe_name
 Prompt = Annotated[str | None, Option("--prompt", help="What the clip shows. Not given: the recipe's.")]
 Sets = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="One setting; repeatable.")]
 Preset = Annotated[str | None, Option("--preset", help="paper (dense), hybrid, or lite (LoRA only).")]
-Rank = Annotated[int | None, Option("--rank", min=1, help="Rank of the LoRA.")]
+_METHOD = (
+    "PEFT's method where the preset has LoRAs: lora, rslora, loha, lokr, miss, vera or fourierft; "
+    "with hybrid dora, oft or hra too."
+)
+Method = Annotated[str | None, Option("--method", help=_METHOD)]
+Rank = Annotated[int | None, Option("--rank", min=1, help="Rank of the LoRA, or the method's size.")]
 Frames = Annotated[int | None, Option("--frames", min=1, help="How many frames to use.")]
 Start = Annotated[int | None, Option("--start", min=0, help="The first frame to use, from 0.")]
 Stride = Annotated[

@@ -24,6 +24,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     base: Base = None,
     prediction_type: PredictionType = None,
     preset: settings.Preset = None,
+    method: settings.Method = None,
     rank: settings.Rank = None,
     frames: settings.Frames = None,
     start: settings.Start = None,
@@ -43,8 +44,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
     chosen = settings.settle(
-        recipe, sets, base=base, prompt=prompt, adapter__preset=preset, adapter__rank=rank, clip__frames=frames,
-        clip__start=start, clip__stride=stride, clip__size=size, clip__fit=fit, training__steps=steps,
+        recipe, sets, base=base, prompt=prompt, adapter__preset=preset, adapter__method=method,
+        adapter__rank=rank, clip__frames=frames, clip__start=start, clip__stride=stride, clip__size=size, clip__fit=fit, training__steps=steps,
         training__lr=lr, training__seed=seed,
     )  # fmt: skip
     on = settings.required(base or chosen.base, "--base")

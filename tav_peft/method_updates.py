@@ -35,34 +35,16 @@ class MethodUpdates(LazyTensors):
     def __init__(self, adapter: Adapter, name: str, weight: Callable[[str], Tensor] | None = None) -> None:
         self._config = adapter.peft_config
         self._tensors, self._weight = adapter.tensors, weight
-        self._kinds: dict[str, list[str]] = {}
-        self.layout = {}
-        if self._config is None or is_lora(self._config):
-            return
-        method = adapter.method
-        if METHODS[method].turns and weight is None:
-            raise AdapterError(
-                f"{name} is tuned by {method}, which turns the base's weights: without them it has no update. Use it "
-                "with `tav edit`, or export it as peft, or with its base as official or inflated."
-            )
-        given = layout_of(adapter.tensors)
-        for tensor in given:
-            module, kind = ("", "") if tensor == LATENTS else split_name(tensor)
-            if kind in METHODS[method].kinds:
-                self._kinds.setdefault(module, []).append(kind)
-        widths = {
-            module: width_of(module, adapter.provenance.base.architecture, name) for module in self._kinds
-        }
+        widths = modules_by_method(adapter, name)
         self._largest = max(widths.values(), default=0)
-        for module, width in widths.items():
-            expected = shapes(self._config, width, self._largest)
-            there = {kind: tuple(given[f"{module}.{kind}"].shape) for kind in self._kinds[module]}
-            if there != expected:
-                raise AdapterError(
-                    f"{name}: {module} has {method} tensors of {there}, its config asks for {expected} on its base. The "
-                    "file was changed; ask for it again."
-                )
-            self.layout[f"{module}.weight"] = torch.empty(width, width, device="meta")
+        self.layout = {
+            f"{module}.weight": torch.empty(width, width, device="meta") for module, width in widths.items()
+        }
+        if widths and METHODS[adapter.method].turns and weight is None:
+            raise AdapterError(
+                f"{name} is tuned by {adapter.method}, which turns the base's weights: without them it has no update. "
+                "Use it with `tav edit`, or export it as peft, or with its base as official or inflated."
+            )
 
     @torch.no_grad()
     def __getitem__(self, parameter: str) -> Tensor:
@@ -78,6 +60,34 @@ class MethodUpdates(LazyTensors):
         layer.merge()
         merged: Tensor = layer.get_base_layer().weight
         return merged.detach() - before
+
+
+def modules_by_method(adapter: Adapter, name: str) -> dict[str, int]:
+    """Give the modules that another method than LoRA tuned, with their widths, each with the tensors that it needs.
+
+    Raises:
+        AdapterError: when tensors are missing or of other shapes than the config asks for on the adapter's base.
+
+    """
+    config, found = adapter.peft_config, dict[str, dict[str, tuple[int, ...]]]()
+    if config is None or is_lora(config):
+        return {}
+    for tensor, like in layout_of(adapter.tensors).items():
+        module, kind = ("", "") if tensor == LATENTS else split_name(tensor)
+        if kind in METHODS[adapter.method].kinds:
+            found.setdefault(module, {})[kind] = tuple(like.shape)
+    widths = {module: width_of(module, adapter.provenance.base.architecture, name) for module in found}
+    for module, there in found.items():
+        try:
+            expected = shapes(config, widths[module], max(widths.values()))
+        except ValueError as error:
+            raise AdapterError(f"{name}: {error}. The file was changed; ask for it again.") from None
+        if there != expected:
+            raise AdapterError(
+                f"{name}: {module} has {adapter.method} tensors of {there}, its config asks for {expected} on its base. "
+                "The file was changed; ask for it again."
+            )
+    return widths
 
 
 def shapes(config: Mapping[str, Any], width: int, largest: int) -> dict[str, tuple[int, ...]]:

@@ -74,10 +74,10 @@ METHODS: dict[PeftMethod, Method] = {
         "VERA", "VeraConfig", ("vera_lambda_b", "vera_lambda_d"), factor=64,
         fixed={"projection_prng_key": 0, "save_projection": False, "d_initial": 0.1},
     ),
-    # Gao et al. 2024: some frequencies of the update, the same ones everywhere
+    # Gao et al. 2024: some frequencies of the update, the same ones everywhere; they begin at 0, and not at random
     "fourierft": Method(
         "FOURIERFT", "FourierFTConfig", ("fourierft_spectrum",), size="n_frequency", factor=64,
-        fixed={"scaling": 150.0, "random_loc_seed": 777},
+        fixed={"scaling": 150.0, "random_loc_seed": 777, "init_weights": True},
     ),
     # Qiu et al. 2023: rotations of blocks of the inputs, here by the exact Cayley transform
     "oft": Method(

@@ -19,6 +19,8 @@ from tav_peft.adapter import Adapter, ProbeInfo, split_name
 from tav_peft.errors import AdapterError, ClipError, TavError
 from tav_peft.formats import peft
 from tav_peft.hashes import HEADER_HASH, TENSORS_HASH, hash_header
+from tav_peft.method_updates import modules_by_method
+from tav_peft.methods import is_lora
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.sharing.fetching import fetch
 from tav_peft.sources import clip_nearby, read_as_tuned
@@ -109,17 +111,25 @@ def _config(adapter: Adapter) -> Claim:
     """Compare the tensors with what subset and PEFT config say they are, as far as that goes without a base."""
     weights, subset = adapter.weights, adapter.subset
     names = list(dict.fromkeys(split_name(name)[0] for name in weights))
-    lora = {name for name in names if {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= weights.keys()}
+    try:
+        lora = {
+            name for name in names if {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= weights.keys()
+        }
+        lora |= modules_by_method(adapter, "the adapter").keys()
+    except AdapterError as error:
+        return Claim("config", "differs", note=str(error))
     wrong = (lora ^ {*subset.lora_modules(names)}) | ({*names} - lora ^ {*subset.dense_modules(names)})
     if adapter.peft_config is not None:
         config = layers_config(adapter.peft_config)
         wrong |= lora ^ {name for name in names if check_target_module_exists(config, name)}
-        wrong |= {name for name in lora if not _has_rank(weights, name, config)}
+        if is_lora(adapter.peft_config):
+            wrong |= {name for name in lora if not _has_rank(weights, name, config)}
+    what = "a LoRA" if is_lora(adapter.peft_config) else adapter.method
     claimed = f"{subset.preset}: {', '.join(subset.parts)}"
     if wrong:
         return Claim("config", "differs", claimed, note=f"not so in {len(wrong)} modules, first {min(wrong)}")
     return Claim(
-        "config", "holds", claimed, note=f"{len(lora)} modules with a LoRA, {len(names) - len(lora)} dense"
+        "config", "holds", claimed, note=f"{len(lora)} modules with {what}, {len(names) - len(lora)} dense"
     )
 
 
