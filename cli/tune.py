@@ -45,8 +45,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
     chosen = settings.settle(
         recipe, sets, base=base, prompt=prompt, adapter__preset=preset, adapter__method=method,
-        adapter__rank=rank, clip__frames=frames, clip__start=start, clip__stride=stride, clip__size=size, clip__fit=fit, training__steps=steps,
-        training__lr=lr, training__seed=seed,
+        adapter__rank=rank, clip__frames=frames, clip__start=start, clip__stride=stride, clip__size=size,
+        clip__fit=fit, training__steps=steps, training__lr=lr, training__seed=seed,
     )  # fmt: skip
     on = settings.required(base or chosen.base, "--base")
     caption = settings.required(chosen.prompt, "--prompt")
