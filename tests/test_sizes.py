@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from tav_peft.adapter import Adapter
+from tav_peft.method_updates import shapes
+from tav_peft.methods import json_config
 from tav_peft.presets import PARTS, Subset
 from tav_peft.unet.inflation import InflatedUNet
 
@@ -46,3 +49,20 @@ def test_all_parts_are_counted(unet):
     names = [name for name, _ in unet.named_modules()]
     assert len(Subset("lite").lora_modules(names)) == 16 * (1 + 1 + 4)
     assert set(PARTS) == {"st_attn", "cross_attn", "t_attn"}
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "limit"), [("fourierft", 4, 80), ("lokr", 1, 180), ("vera", 1, 200), ("lokr", 4, 220)]
+)
+def test_files_of_small_methods_with_their_headers(method, rank, limit, unet, make_adapter, tmp_path):
+    names = [name for name, _ in unet.named_modules()]
+    config = json_config(Subset("lite").peft_config(names, rank=rank, method=method))
+    tensors = {
+        f"{name}.{kind}": torch.zeros(shape, dtype=torch.float16)
+        for name in Subset("lite").lora_modules(names)
+        for kind, shape in shapes(config, unet.get_submodule(name).in_features, 1280).items()
+    }
+    adapter = Adapter(tensors, config, make_adapter("lite").provenance)
+    size = adapter.save(tmp_path / "a.safetensors").stat().st_size / 1000
+    print(f"\n{method:9} rank {rank}  {adapter.summary()['bytes'] / 1000:4.0f} kB, the file {size:4.0f} kB")
+    assert size <= limit
