@@ -69,6 +69,13 @@ def size_text(count: int) -> str:
     return f"{scaled:.{0 if units[0] == 'bytes' else 1}f} {units[0]}"
 
 
+def time_text(seconds: float) -> str:
+    """Spell a time: 0.4 s, 12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Update(Protocol):
     """Moves a bar: how many are done, of how many, and a note beside it."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
 
-from tav_peft.cli import console, options, steering
+from tav_peft.cli import console, memory, options, steering
 from tav_peft.cli.outputs import edit_files, write_edit
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tav_peft.video.clip import Clip
 
 
-def command(  # noqa: PLR0913  (a parameter is an option)
+def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
     adapter: options.AdapterFile,
     *,
     prompt: Annotated[list[str] | None, Option(help="What to show; repeatable.")] = None,
@@ -61,6 +61,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     device: options.Device = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
+    ignore_memory: options.IgnoreMemory = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
@@ -89,7 +90,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     how = how.replace(num_inference_steps=steps or (kept and kept.num_inference_steps))
     needed = bool(clip) or not (kept or (no_inversion and not control))
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
-    pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
+    on = base or tuned.provenance.base.name
+    if not ignore_memory:
+        memory.before_editing(on, tuned, how, prompts=len(wanted), batch=batch, device=device)
+    pipe = options.open_base(on, device, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=strength)
     _load_beside(pipe, lora or [], textual_inversion or [])
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound

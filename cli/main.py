@@ -20,6 +20,7 @@ from tav_peft.cli import (
     info,
     invert,
     merge,
+    plan,
     publish,
     recipes,
     report,
@@ -85,6 +86,7 @@ app.command("extract")(extract.command)
 app.command("resize")(resize.command)
 app.command("cast")(cast.command)
 app.command("merge")(merge.command)
+app.command("plan")(plan.command)
 app.command("bundle")(bundle.command)
 app.command("publish")(publish.command)
 app.command("report")(report.command)

@@ -48,6 +48,9 @@ Device = Annotated[
 SamplingSteps = Annotated[int | None, Option("--steps", min=1, max=999, help="DDIM steps.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Where the result goes.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already there.")]
+IgnoreMemory = Annotated[
+    bool, Option("--ignore-memory", help="Begin even where the plan needs more memory than is free.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -58,15 +61,25 @@ def open_base(
 
     Its weights are in `precision`; where that is not given, in fp16 on CUDA and in fp32 elsewhere.
     """
-    place = _usable(device) if device else _fastest()
+    place = place_of(device)
     from tav_peft.pipeline import TuneAVideoPipeline
     from tav_peft.shapes import DTYPES
 
     hush()
-    chosen = precision or ("fp16" if place.startswith("cuda") else "fp32")
+    chosen = precision or precision_on(place)
     pipe = TuneAVideoPipeline.from_pretrained(base, dtype=DTYPES[chosen], prediction_type=prediction_type)
     pipe.to(place)
     return pipe
+
+
+def place_of(device: str | None) -> str:
+    """Give the device asked for, if it can be used here, or the fastest there is."""
+    return _usable(device) if device else _fastest()
+
+
+def precision_on(device: str) -> str:
+    """Give the precision of a base's weights on a device, where none is asked for."""
+    return "fp16" if device.startswith("cuda") else "fp32"
 
 
 def hush() -> None:
@@ -77,6 +90,20 @@ def hush() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # it recommends torchvision, which is not needed here
+
+
+def planned_device(device: str | None) -> tuple[str, bool]:
+    """Give the device that is planned for, the fastest there is if none is named, and whether it is here."""
+    place = device or _fastest()
+    try:
+        return _usable(place), True
+    except BadParameter:
+        import torch
+
+        try:
+            return str(torch.device(place)), False
+        except RuntimeError:
+            raise BadParameter(f"there is no device {place}.", param_hint="--device") from None
 
 
 def _usable(device: str) -> str:

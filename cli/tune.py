@@ -5,8 +5,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from tav_peft.cli import console, settings
-from tav_peft.cli.options import AsJson, Base, ClipFile, Device, Output, Overwrite, PredictionType, open_base
+from tav_peft.cli import console, memory, settings
+from tav_peft.cli.options import (
+    AsJson,
+    Base,
+    ClipFile,
+    Device,
+    IgnoreMemory,
+    Output,
+    Overwrite,
+    PredictionType,
+    open_base,
+)
 
 if TYPE_CHECKING:
     from tav_peft.adapter import Provenance
@@ -40,6 +50,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     overwrite: Overwrite = False,
     restart: settings.Restart = False,
     check: settings.Check = None,
+    ignore_memory: IgnoreMemory = False,
     as_json: AsJson = False,
 ) -> None:
     """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
@@ -55,14 +66,14 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.tuning import tune
     from tav_peft.video.clip import Clip
 
-    source, pipe = (
-        Clip.read(clip, **chosen.clip.model_dump()),
-        open_base(on, device, chosen.training.precision, prediction_type=prediction_type),
-    )
+    source = Clip.read(clip, **chosen.clip.model_dump())
+    recompute = memory.before_tuning(on, chosen, source, device, ignore=ignore_memory)
+    pipe = open_base(on, device, chosen.training.precision, prediction_type=prediction_type)
     if check is not None:
         _check(pipe, source, caption, chosen, check, as_json)
         return
-    console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps")
+    again = ", activations recomputed" if recompute else ""
+    console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps{again}")
     with console.tuning_bar() as bar:
         made = tune(
             pipe, source, caption, chosen, output=target, progress=bar,
@@ -73,7 +84,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     details = {
         "adapter": target, "bytes": target.stat().st_size, "loss_plot": Trail(target).plot,
         "trail": Trail(target).folder, "base": on, "recipe": chosen.name, "prompt": caption,
-        "steps": chosen.training.steps, "kept_step": made.step, "loss": bar.loss,
+        "steps": chosen.training.steps, "kept_step": made.step, "loss": bar.loss, "recompute": recompute,
         "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.say(f"{console.size_text(target.stat().st_size)}. Next: tav edit {target} --prompt '…'")

@@ -27,7 +27,7 @@ def encode_moments(vae: AutoencoderKL, clip: Clip, device: torch.device) -> tupl
     with _safe_precision(vae):
         frames = clip.tensor()[0].transpose(0, 1).to(device, vae.dtype).contiguous()  # f c h w
         posteriors = [
-            vae.encode(part).latent_dist for part in frames.split(_at_once(clip.height, clip.width))
+            vae.encode(part).latent_dist for part in frames.split(frames_at_once(clip.height, clip.width))
         ]
     mean = torch.cat([p.mean for p in posteriors]).transpose(0, 1)[None]
     std = torch.cat([p.std for p in posteriors]).transpose(0, 1)[None]
@@ -43,7 +43,7 @@ def decode(vae: AutoencoderKL, latents: Latents, *, like: Clip | None = None, fp
             frames = (video / vae.config.scaling_factor).transpose(0, 1).to(vae.dtype)  # f c h w
             frames = frames.contiguous()  # a convolution rounds otherwise for another layout in memory
             height, width = (side * pixels_per_latent(vae) for side in frames.shape[-2:])
-            parts = frames.split(_at_once(height, width))
+            parts = frames.split(frames_at_once(height, width))
             decoded = torch.cat([vae.decode(part).sample.float().cpu() for part in parts])
             clips.append(Clip.from_tensor(decoded.transpose(0, 1), like=like, fps=fps))
     return clips
@@ -54,7 +54,7 @@ def pixels_per_latent(vae: AutoencoderKL) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _at_once(height: int, width: int) -> int:
+def frames_at_once(height: int, width: int) -> int:
     """Tell how many frames go through a VAE together: one large one, or more of small ones, where a pass costs more."""
     return max(1, _PIXELS // (height * width))
 

@@ -38,6 +38,12 @@ def _size(value: Any) -> Any:
     return tuple(value) if pair else value
 
 
+def _auto(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("must name nothing twice")
@@ -132,7 +138,7 @@ class TrainingSection(_Frozen):
     epsilon: Annotated[_Number, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[_Number, Field(gt=0)] = 1.0
     precision: Precision = "fp32"
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_auto)] = "auto"
     save_every: Annotated[int, Field(ge=1)] = 100
     window: Annotated[int, Field(ge=3)] | None = None
     early_stopping: bool = False

@@ -22,9 +22,11 @@ from tav_peft.lock import locked
 from tav_peft.objective import denoising_loss
 from tav_peft.optimizing import Optimization, TuningStep
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.planning.memory import recomputes
+from tav_peft.planning.stages import Frames
 from tav_peft.presets import Subset
 from tav_peft.recipe import Recipe
-from tav_peft.shapes import DTYPES
+from tav_peft.shapes import DTYPES, Latents
 from tav_peft.trail import Trail, plot_losses, settings_key
 from tav_peft.unet.probe import probed
 from tav_peft.unet.trainable import trainable
@@ -91,7 +93,7 @@ def _tuned(
             pipe.unet, subset, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha,
             method=recipe.adapter.method, seed=settings.seed,
         ) as part,
-        _checkpointing(pipe, settings.gradient_checkpointing),
+        _checkpointing(pipe, _recomputes(pipe, recipe, moments[0])),
         pipe.unet.as_variant(recipe.model),
     ):
         optimization = Optimization(part.parameters, settings, accelerator, generator)
@@ -199,6 +201,13 @@ def _accelerator(pipe: TuneAVideoPipeline, precision: str) -> Iterator[Accelerat
         yield Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _recomputes(pipe: TuneAVideoPipeline, recipe: Recipe, latents: Latents) -> bool:
+    """Tell whether activations are made again in the backward, which changes a tuning by rounding at most."""
+    frames, height, width = latents.shape[2:]
+    seen = Frames(min(frames, recipe.training.window or frames), height, width)
+    return recomputes(pipe.unet, recipe, seen, pipe.device)
 
 
 @contextlib.contextmanager

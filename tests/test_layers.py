@@ -18,7 +18,7 @@ LAYERS = (
         "sharing.bundling",
         "sharing.publishing",
     ),
-    ("sharing.card", "early_stopping"),
+    ("sharing.card", "early_stopping", "planning"),
     ("objective",),
     ("pipeline",),
     ("loading", "base_loading", "sampling", "windows"),

@@ -56,6 +56,21 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {_OLD_NAME.sub(r"\1text_model.", name): tensor for name, tensor in tensors.items()}
 
 
+def checkpoint_layout(path: Path) -> dict[str, Tensor]:
+    """Read names and shapes of a file's tensors, as tensors on the meta device; a pickle is read whole for it.
+
+    Raises:
+        BaseModelError: when the file is damaged, or could only be read by running code in it.
+
+    """
+    if path.suffix.lower() in _PICKLES:
+        return {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()}
+    check_checkpoint(path)
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+
+
 def _objects(path: Path) -> list[str]:
     """List the objects that a pickle names besides tensors, all of them harmless, or refuse it."""
     if not _zipped(path):

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from tav_peft.bases import prediction_type as prediction_types
 from tav_peft.bases import unfit
-from tav_peft.bases.checkpoint_file import read_checkpoint
+from tav_peft.bases.checkpoint_file import checkpoint_layout, read_checkpoint
 from tav_peft.bases.folder import read_config
 from tav_peft.bases.ldm_keys import UNET, Kind, places
 from tav_peft.errors import BaseModelError
@@ -77,6 +77,16 @@ def components(
             prediction_type = _prediction_type(path, kind, checkpoint, parts["unet"])
         parts["scheduler"] = _scheduler(folder / "scheduler", checkpoint, prediction_type)
     return parts
+
+
+def configs_of(path: Path) -> Path:
+    """Give the folder of the configs that belong to a single file; of a .safetensors only the header is read.
+
+    Raises:
+        BaseModelError: when the file is damaged, or no base.
+
+    """
+    return _CONFIGS / kind_of(path, checkpoint_layout(path))
 
 
 def kind_of(path: Path, checkpoint: Mapping[str, Tensor]) -> Kind:

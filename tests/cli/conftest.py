@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tav_peft
-from tav_peft.cli import options
+from tav_peft.cli import memory, options
 from tav_peft.cli.main import app
 from tav_peft.inversion import Inversion
 from tav_peft.recipe import Recipe
@@ -233,6 +233,8 @@ def library(monkeypatch, tmp_path) -> Library:
         if "." not in name:
             monkeypatch.setattr(tav_peft, name, module, raising=False)
     monkeypatch.setattr(options, "hush", lambda: None)
+    monkeypatch.setattr(memory, "before_tuning", lambda *_, **__: False)  # no base that could be planned
+    monkeypatch.setattr(memory, "before_editing", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     return fake

@@ -45,10 +45,10 @@ def test_an_option_wins_over_set_and_set_over_the_recipe(library, tav):
 
 def test_each_option_reaches_its_setting(library, tav):
     options = (
-        "--preset lite --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 --lr 1e-4"
+        "--preset lite --method lokr --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 --lr 1e-4"
     )
     recipe = settled(library, tav, *options.split(), "--seed", "7", "--base", "my: [base]")
-    assert (recipe.adapter.preset, recipe.adapter.rank) == ("lite", 8)
+    assert (recipe.adapter.preset, recipe.adapter.method, recipe.adapter.rank) == ("lite", "lokr", 8)
     assert (recipe.training.steps, recipe.training.lr, recipe.training.seed) == (9, 1e-4, 7)
     read = {"frames": 6, "start": 2, "stride": 3, "size": (512, 320), "fit": "pad"}
     assert library.clip.reads == [(Path("clip.mp4"), read)]
@@ -110,6 +110,7 @@ def test_json_is_one_object_with_paths_and_numbers(library, tav):
         "steps": 4,
         "kept_step": 4,
         "loss": 0.25,
+        "recompute": False,
         "seconds": 0,
     }
 
@@ -133,6 +134,7 @@ def test_the_step_that_early_stopping_keeps_is_said_with_the_reason(library, tav
         ((*PROMPT, "--recipe", "mine.yaml"), 2, "Invalid value for --base: the recipe has none. Give one."),
         ((*PROMPT, "--rank", "8"), 2, "Invalid value for --rank: the preset paper has no LoRA."),
         ((*PROMPT, "--device", "gpu"), 2, "Invalid value for --device: gpu cannot be used here: "),
+        ((*PROMPT, "--method", "lokt"), 1, "Did you mean 'lokr'?"),
         ((*PROMPT, "--preset", "lit"), 1, "not 'lit'. Did you mean 'lite'?"),
         ((*PROMPT, "--stride", "two"), 1, "clip.stride: must be a whole number, not 'two'."),
         ((*PROMPT, "--size", "-64"), 1, "clip.size: must be a whole number of at least 8"),
