@@ -10,6 +10,7 @@ from tav_peft.cli import console, memory, options, steering
 from tav_peft.cli.outputs import edit_files, write_edit
 
 if TYPE_CHECKING:
+    from tav_peft.adapter import Adapter
     from tav_peft.control.steering import Control
     from tav_peft.inversion import Inversion
     from tav_peft.pipeline import TuneAVideoPipeline
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tav_peft.video.clip import Clip
 
 
-def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
+def command(  # noqa: PLR0913  (a parameter is an option)
     adapter: options.AdapterFile,
     *,
     prompt: Annotated[list[str] | None, Option(help="What to show; repeatable.")] = None,
@@ -26,6 +27,7 @@ def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
     base: options.Base = None,
     prediction_type: options.PredictionType = None,
     guidance: Annotated[float | None, Option(help="How strongly the prompt pulls, from 1.")] = None,
+    guidance_interval: steering.GuidanceInterval = None,
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
@@ -66,7 +68,6 @@ def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
 ) -> None:
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
     from tav_peft import formats
-    from tav_peft.conditions import token_places
     from tav_peft.inversion import Inversion
     from tav_peft.recipe import EditingSection
     from tav_peft.sources import clip_nearby, source_of
@@ -79,7 +80,8 @@ def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
     tuned, began = formats.read(adapter), perf_counter()
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {
-        "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap
+        "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap,
+        "guidance_interval": steering.read_interval(guidance_interval),
     }  # fmt: skip
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
@@ -94,16 +96,12 @@ def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
     if not ignore_memory:
         memory.before_editing(on, tuned, how, prompts=len(wanted), batch=batch, device=device)
     pipe = options.open_base(on, device, prediction_type=prediction_type)
-    pipe.load_adapter(tuned, strength=strength)
-    _load_beside(pipe, lora or [], textual_inversion or [])
+    _load(pipe, tuned, strength, lora or [], textual_inversion or [])
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     start["controls"] = _controls(pipe, control, controlnet, source if kept is None else kept.clean)
     on_inversion = start["controls"] if control_inversion else []
-    if mask_word:
-        token_places(
-            pipe.tokenizer, tuned.provenance.caption, mask_word
-        )  # refused before anything is inverted
+    _check_word(pipe, tuned, mask_word)  # before anything is inverted
     cached = False
     if no_inversion:
         how = how.replace(depth=1.0)
@@ -137,8 +135,11 @@ def command(  # noqa: PLR0913, PLR0915  (a parameter is an option)
     console.report(files, {"edits": edits, **details}, as_json)
 
 
-def _load_beside(pipe: "TuneAVideoPipeline", loras: list[str], words: list[Path]) -> None:
-    """Load ordinary LoRAs and learned words."""
+def _load(
+    pipe: "TuneAVideoPipeline", tuned: "Adapter", strength: float, loras: list[str], words: list[Path]
+) -> None:
+    """Load the adapter, and ordinary LoRAs and learned words beside it."""
+    pipe.load_adapter(tuned, strength=strength)
     for number, given in enumerate(loras):
         pipe.load_lora_weights(*_file_and_name(given, number))
     for word in words:
@@ -213,6 +214,13 @@ def _file_and_name(given: str, number: int) -> tuple[Path, str, float]:
 
 def _told(inversion: "Inversion | None") -> dict[str, Any] | None:
     return {name: inversion.info.get(name) for name in ("method", "unet_passes")} if inversion else None
+
+
+def _check_word(pipe: "TuneAVideoPipeline", tuned: "Adapter", word: str | None) -> None:
+    from tav_peft.conditions import token_places
+
+    if word:
+        token_places(pipe.tokenizer, tuned.provenance.caption, word)
 
 
 def _check_mask(mask: Path | None, word: str | None, no_inversion: bool) -> None:

@@ -37,6 +37,13 @@ MaskFile = Annotated[
 MaskWord = Annotated[
     str | None, Option("--mask-word", help="Edit only where this word of the clip's caption is.")
 ]
+GuidanceInterval = Annotated[
+    str | None,
+    Option(
+        "--guidance-interval",
+        help="Guide only from and up to these shares of the steps, such as 0-0.6; the others take half as long.",
+    ),
+]
 InjectAttention = Annotated[
     float | None,
     Option(
@@ -68,6 +75,20 @@ def all_prompts(given: Sequence[str] | None, file: Path | None, usual: Sequence[
     if not prompts:
         raise BadParameter("the adapter's recipe has none. Give one.", param_hint="--prompt")
     return prompts
+
+
+def read_interval(given: str | None) -> tuple[float, float] | None:
+    """Read 0-0.6 as two shares."""
+    if given is None:
+        return None
+    try:
+        first, last = (float(each) for each in given.split("-"))
+    except ValueError:
+        raise BadParameter(
+            f"{given!r} is no interval. Give two shares of the steps, such as 0-0.6.",
+            param_hint="--guidance-interval",
+        ) from None
+    return first, last
 
 
 def read_injection(attention: float | None, features: float | None, no_inversion: bool) -> "Injection | None":

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 # words that follow from others ("in the water", "on the grass"): no change of their own, but they part two
 _LINKING = frozenset(
-    ["a", "an", "the", "is", "are", "was", "were", "and", "of", "in", "on", "at", "to", "with", "from", "by", "into", "over"]
+    [
+        "a", "an", "the", "is", "are", "was", "were", "and", "of", "in", "on", "at", "to", "with", "from", "by", "into",
+    ]
 )  # fmt: skip
 
 

@@ -243,6 +243,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         *,
         inversion: Inversion | None = None,
         guidance_scale: float = 12.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int | None = None,
         depth: float = 1.0,
         negative_prompt: str = "",
@@ -261,12 +262,13 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         """Make one clip for each prompt, all from the same inversion (or the same noise `latents`).
 
         `depth` in (0, 1]: how far the clip was inverted before it is resampled; 1, the paper's way, starts from the
-        noise end, less keeps more of the source. `num_inference_steps` defaults to the inversion's. `controls` steer the
-        sampling. Where `mask` (see `masks`) is 0 the source stays; `injection` keeps its layout by its own features.
-        `window` and `overlap` are as in `invert`. As many as `batch_size` prompts are sampled at a time, which costs
-        memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it `fps`
-        is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add noise; each
-        prompt draws from a stream of its own.
+        noise end, less keeps more of the source. `guidance_interval` are the shares of the steps from which and up to
+        which guidance acts; the others take half as long. `num_inference_steps` defaults to the inversion's. `controls`
+        steer the sampling. Where `mask` (see `masks`) is 0 the source stays; `injection` keeps its layout by its own
+        features. `window` and `overlap` are as in `invert`. As many as `batch_size` prompts are sampled at a time, which
+        costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
+        `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
+        noise; each prompt draws from a stream of its own.
 
         Raises:
             TavError: for prompts that are too long and impossible numbers.
@@ -288,7 +290,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         predict = self._windowed(window, overlap, self._predictor(injection, inversion, start))
         sampling = Sampling(
             predict=predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
-            guidance_scale=guidance_scale, steering=self._steering(controls, start),
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval, steering=self._steering(controls, start),
             keep=None if mask is None else self._keep(mask, inversion, start),
         )  # fmt: skip
         done = itertools.count(1)

@@ -44,6 +44,14 @@ def _auto(value: Any) -> Any:
     return value
 
 
+def _interval(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+        if not value[0] < value[1]:
+            raise ValueError("must begin before it ends")
+        return tuple(map(float, value))
+    raise ValueError("must be two shares of the steps, such as [0, 0.6]")
+
+
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("must name nothing twice")
@@ -60,6 +68,7 @@ InversionMethod = Literal["ddim", "fixed_point"]
 FrameAttention = Literal["sparse_causal", "causal", "full", "frame"]
 FrameNorm = Literal["joint", "frame"]
 _Number = Annotated[float, BeforeValidator(_number)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Item = TypeVar("_Item")
 _Model = TypeVar("_Model", bound="_Frozen")
 _List = Annotated[tuple[_Item, ...], Field(strict=False)]
@@ -158,7 +167,7 @@ class EditingSection(_Frozen):
 
     `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only. A clip of more
     frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`). `two_changes` is
-    for prompts that say two new things or more.
+    for prompts that say two new things or more. Guidance acts in the shares `guidance_interval` of the steps.
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -170,6 +179,7 @@ class EditingSection(_Frozen):
     window: Annotated[int, Field(ge=3)] | None = None
     overlap: Annotated[int, Field(ge=1)] = 4
     two_changes: Resampling | None = None
+    guidance_interval: Annotated[tuple[_Share, _Share], BeforeValidator(_interval)] = (0.0, 1.0)
 
     def suited(self, caption: str, prompt: str) -> "EditingSection":
         """Return these settings for a prompt: with those of `two_changes` where it says two new things or more."""

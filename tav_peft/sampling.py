@@ -63,7 +63,8 @@ class Sampling:
     """How prompts are sampled: from where, through which steps, pulled by how much, steered by what.
 
     `start` is one row of latents of unit variance; `inverted` are the timesteps it was inverted through, of a schedule
-    of `steps`. `predict(latents, timestep, conditions, **residuals)` is the UNet's output.
+    of `steps`. `predict(latents, timestep, conditions, **residuals)` is the UNet's output. Guidance acts in the shares of
+    the schedule that `guidance_interval` is from and up to, counted from the noise end (Kynkäänniemi et al. 2024).
     """
 
     predict: Callable[..., Latents]
@@ -74,6 +75,7 @@ class Sampling:
     guidance_scale: float
     steering: Steering
     keep: KeptSource | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def run(
         self,
@@ -96,11 +98,14 @@ class Sampling:
         latents = latents.repeat(count, 1, 1, 1, 1)
         for step, timestep in enumerate(timesteps):
             scaled = self.scheduler.scale_model_input(latents, timestep)
-            rows = scaled.repeat(len(conditions) // count, 1, 1, 1, 1)
+            share = (skipped + step) / (skipped + len(timesteps))
+            guided = self.guidance_interval[0] <= share < self.guidance_interval[1]
+            told = conditions if guided else conditions.rows(*range(-count, 0))
+            rows = scaled.repeat(len(told) // count, 1, 1, 1, 1)
             residuals = self.steering.residuals(
-                rows, timestep, conditions, skipped + step, skipped + len(timesteps)
+                rows, timestep, told, skipped + step, skipped + len(timesteps)
             )
-            output = self.predict(rows, timestep, conditions, **residuals)
+            output = self.predict(rows, timestep, told, **residuals)
             if len(rows) > count:
                 without, with_text = output.chunk(2)
                 output = without + self.guidance_scale * (with_text - without)

@@ -5,7 +5,12 @@ import torch
 
 from tav_peft.errors import TavError
 from tav_peft.injection import (
-    Injection, Injector, attention_modules, feature_modules, recorded, replaced,
+    Injection,
+    Injector,
+    attention_modules,
+    feature_modules,
+    recorded,
+    replaced,
 )  # fmt: skip
 
 

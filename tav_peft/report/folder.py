@@ -198,7 +198,7 @@ _OPTIONS = {"guidance_scale": "guidance", "num_inference_steps": "steps"} | {
     name: name.replace("_", "-")
     for name in (
         "depth", "negative_prompt", "strength", "window", "overlap", "lora", "textual_inversion", "control", "controlnet",
-        "control_inversion", "mask", "mask_word", "inject_attention", "inject_features", "seed",
+        "control_inversion", "guidance_interval", "mask", "mask_word", "inject_attention", "inject_features", "seed",
     )
 }  # fmt: skip
 
@@ -210,6 +210,8 @@ def _options(settings: Mapping[str, Any]) -> Iterator[str]:
         settings = {name: value for name, value in settings.items() if name != "depth"}
     for name in [name for name in settings if name in _OPTIONS]:
         value, option = settings[name], f"--{_OPTIONS[name]}"
+        if name == "guidance_interval" and isinstance(value, (list, tuple)):
+            value = "" if tuple(value) == (0, 1) else "-".join(map(str, value))
         if value is True:
             yield option
         elif value not in (None, "", False):

@@ -244,7 +244,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5")
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
     assert steered == {
-        "guidance_scale": 7.0, "num_inference_steps": 50, "depth": 1.0, "strength": 1.0,
+        "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 1.0, "strength": 1.0,
         "lora": ["style.safetensors=0.6"], "inject_attention": 0.5,
     }  # fmt: skip
     assert noise["seed"] == 5
@@ -277,3 +277,12 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
     assert [(edit["depth"], edit["guidance_scale"]) for edit in library.edits[2:]] == [
         (0.9, 4.0), (1.0, 3.0), (1.0, 4.0),
     ]  # fmt: skip
+
+
+def test_guidance_may_act_in_a_part_of_the_steps(library, tav):
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--guidance-interval", "0-0.6")
+    assert library.edits[0]["guidance_interval"] == (0.0, 0.6)
+    for given, told in (("half", "'half' is no interval"), ("0.6-0.1", "must begin before it ends")):
+        refused = tav("edit", "a.safetensors", "--prompt", "a panda", "--guidance-interval", given)
+        assert refused.exit_code in {1, 2}
+        assert told in refused.stderr

@@ -45,7 +45,8 @@ def test_an_option_wins_over_set_and_set_over_the_recipe(library, tav):
 
 def test_each_option_reaches_its_setting(library, tav):
     options = (
-        "--preset lite --method lokr --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 --lr 1e-4"
+        "--preset lite --method lokr --rank 8 --frames 6 --start 2 --stride 3 --size 512x320 --fit pad --steps 9 "
+        "--lr 1e-4"
     )
     recipe = settled(library, tav, *options.split(), "--seed", "7", "--base", "my: [base]")
     assert (recipe.adapter.preset, recipe.adapter.method, recipe.adapter.rank) == ("lite", "lokr", 8)
