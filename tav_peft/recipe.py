@@ -45,7 +45,11 @@ def _auto(value: Any) -> Any:
 
 
 def _interval(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(v, (int, float)) for v in value)
+    ):
         if not value[0] < value[1]:
             raise ValueError("must begin before it ends")
         return tuple(map(float, value))

@@ -90,8 +90,12 @@ def _tuned(
     with (
         _accelerator(pipe, settings.precision) as accelerator,
         trainable(
-            pipe.unet, subset, rank=recipe.adapter.rank, alpha=recipe.adapter.alpha,
-            method=recipe.adapter.method, seed=settings.seed,
+            pipe.unet,
+            subset,
+            rank=recipe.adapter.rank,
+            alpha=recipe.adapter.alpha,
+            method=recipe.adapter.method,
+            seed=settings.seed,
         ) as part,
         _checkpointing(pipe, _recomputes(pipe, recipe, moments[0])),
         pipe.unet.as_variant(recipe.model),

@@ -234,7 +234,10 @@ def test_every_problem_of_a_file_is_in_one_message(tmp_path):
         ("training: {lr: 0}", "training.lr: must be greater than 0, not 0."),
         ("training: {lr: .nan}", "training.lr: must be a finite number, not nan."),
         ("training: {beta1: 1}", "training.beta1: must be less than 1, not 1."),
-        ("training: {gradient_checkpointing: 1}", "training.gradient_checkpointing: must be auto, true or false"),
+        (
+            "training: {gradient_checkpointing: 1}",
+            "training.gradient_checkpointing: must be auto, true or false",
+        ),
         ("adapter: {alpha: -4}", "adapter.alpha: must be greater than 0, not -4."),
         ("adapter: {dtype: int8}", "adapter.dtype: must be 'fp32', 'fp16' or 'bf16', not 'int8'."),
         ("adapter: {parts: []}", "adapter.parts: must not be empty"),

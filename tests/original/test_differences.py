@@ -57,7 +57,9 @@ def test_inversion_goes_through_the_samplers_timesteps_whatever_the_offset(pipe,
 def test_clip_and_text_are_encoded_once_but_latents_are_drawn_at_each_step(pipe, clip):
     calls = {"vae": 0, "text": 0}
     latents: list[torch.Tensor] = []
-    pipe.vae.encoder.register_forward_hook(lambda _, given, __: calls.update(vae=calls["vae"] + len(given[0])))
+    pipe.vae.encoder.register_forward_hook(
+        lambda _, given, __: calls.update(vae=calls["vae"] + len(given[0]))
+    )
     pipe.text_encoder.register_forward_hook(lambda *_: calls.update(text=calls["text"] + 1))
     schedule = objective.DDPMScheduler
 
