@@ -243,7 +243,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         *,
         inversion: Inversion | None = None,
         guidance_scale: float = 12.5,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: Sequence[float] = (0.0, 1.0),
         num_inference_steps: int | None = None,
         depth: float = 1.0,
         negative_prompt: str = "",

@@ -75,7 +75,7 @@ class Sampling:
     guidance_scale: float
     steering: Steering
     keep: KeptSource | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: Sequence[float] = (0.0, 1.0)
 
     def run(
         self,

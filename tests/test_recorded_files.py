@@ -49,7 +49,8 @@ def test_a_recorded_file_is_read_to_what_it_was_when_it_was_written(name, unet, 
     attachments.detach("recorded")
     assert (run() == before).all()
     if path.is_file():
-        assert read_header(path).provenance == adapter.provenance.model_dump(mode="json")
+        header, now = read_header(path).provenance, adapter.provenance.model_dump(mode="json")
+        assert header == {name: now[name] for name in header}  # what came later has its default
 
 
 @pytest.mark.parametrize("read", [formats.read, formats.open_adapter])

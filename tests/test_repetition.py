@@ -67,7 +67,7 @@ def test_the_command_checks_and_writes_nothing(base, clip, tmp_path, monkeypatch
 def test_the_command_fails_where_a_tuning_does_not_repeat(base, clip, tmp_path, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     monkeypatch.setattr(
-        "tav_peft.tuning.F.mse_loss",
+        "tav_peft.objective.F.mse_loss",
         lambda one, other: (one - other).square().mean() * torch.rand((), generator=draw),
     )
     file = clip.write(tmp_path / "clip.mp4")
