@@ -3,7 +3,7 @@
     python training/judge.py work/judge.pt --prompts 192
 
 It sees other scenes than pocket did, held-out combinations too, and says object, background and style. It is a check
-for the model card; it is not shipped.
+for the model card; it is not shipped. What pocket's own CLIP, which is, makes of the same pictures is printed too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from samples import draw
 from tav_peft.bases import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Scene, held_out, random_scene, render
+from tav_peft.scoring.clip_model import ClipModel
 
 CLASSES = (tuple(OBJECTS), tuple(BACKGROUNDS), tuple(STYLES))
 FIRST_SEED = 7_000_000  # far from the seeds that pocket was trained on
@@ -93,6 +94,22 @@ def accuracies(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> list[floa
     return [round((answer.argmax(1) == right).float().mean().item(), 3) for answer, right in pairs]
 
 
+def recognised(pictures: list[np.ndarray], scenes: list[Scene]) -> list[float]:
+    """Share of pictures that pocket's CLIP finds nearer to their prompt than to it with another object, and so on."""
+    clip, rights = ClipModel.load("pocket-clip"), []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        others = (
+            [scene.edited(name=name) for name in OBJECTS],
+            [scene.edited(background=name) for name in BACKGROUNDS],
+            [scene.edited(style=name) for name in STYLES],
+        )
+        texts = [list(dict.fromkeys([scene.caption, *(other.caption for other in kind)])) for kind in others]
+        rights.append(
+            [int((clip.images(picture[None]) @ clip.texts(kind).T).argmax()) == 0 for kind in texts]
+        )
+    return [round(float(share), 3) for share in np.mean(rights, axis=0)]
+
+
 def main() -> None:
     """Train (or load) the judge, say how good it is on rendered scenes, and judge pocket's own pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,6 +137,7 @@ def main() -> None:
     asked = scenes_of(2, options.prompts)
     drawn = draw(pipe, [s.caption for s in asked], guidance=options.guidance, steps=25, seed=0)
     pictures = tensor_of([np.asarray(image) for image in drawn])
+    print("by pocket's CLIP, of the same:", recognised([np.asarray(image) for image in drawn], asked))
     print(
         f"on pocket's own, {len(asked)} prompts, guidance {options.guidance:g}:",
         accuracies(judge, pictures, asked),
