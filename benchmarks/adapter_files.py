@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import shutil
 import statistics
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import machine
 from torch import Tensor
 
 from tav_peft.adapter import Adapter, BaseModelInfo, ClipInfo, Provenance, TemporalInit
@@ -140,17 +140,6 @@ def size(path: Path) -> float:
     """Give the megabytes of a file, or of a folder's files."""
     files = [path] if path.is_file() else path.rglob("*.safetensors")
     return sum(file.stat().st_size for file in files) / 1e6
-
-
-def machine() -> str:
-    """Name the processor, the cores that are used, and PyTorch's version."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {threads} threads, torch {torch.__version__}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def main() -> None:

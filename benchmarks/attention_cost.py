@@ -23,10 +23,9 @@ matplotlib.use("Agg")
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from machine import operations
 from matplotlib import pyplot
 from sd15_size import UNET as SD15
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tav_peft.bases import locate
 from tav_peft.recipe import ModelSection
@@ -38,13 +37,6 @@ COLUMNS = ("base", "latents", "what", "variant", "frames", "operations", "cpu_se
 # of the scores: pairs of tokens for m frames, in units of N²
 PAIRS = {"frame": "m", "sparse_causal": "2m", "causal": "m(m+1)/2", "full": "m²"}
 COLOURS = {"frame": "#7a7a7a", "sparse_causal": "#0072b2", "causal": "#d55e00", "full": "#009e73"}
-
-
-def operations(call: Callable[[], object]) -> int:
-    """Count what a call multiplies and adds; attention in its plain form, whose products the counter knows."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -13,11 +13,12 @@ import argparse
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import memory
 
 CASES = {
     # name: base, frames, side, preset, recomputation, tuning steps
@@ -36,13 +37,6 @@ CASES = {
     },
 }  # fmt: skip
 COLUMNS = ("case", "stage", "predicted_gb", "measured_gb", "predicted_seconds", "measured_seconds")
-
-
-def memory(name: str) -> int:
-    """Read this process's resident memory (VmRSS) or its peak (VmHWM), in bytes."""
-    return (
-        int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
-    )
 
 
 def measure(base: str, frames: int, side: int, preset: str, again: bool, steps: int) -> None:

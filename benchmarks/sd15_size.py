@@ -9,12 +9,13 @@ shown is that every stage runs at that size, and what it needs.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from machine import memory
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tav_peft.bases import locate
@@ -43,25 +44,24 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def make_base(folder: Path) -> None:
-    """Write a random model of SD 1.5's size; the tokenizer is pocket's, whose ids fit."""
+def parts() -> dict[str, Any]:
+    """Draw a random model of SD 1.5's size; the tokenizer is pocket's, whose ids fit."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(locate("pocket"), subfolder="tokenizer", model_max_length=77)
+    return {
+        "vae": AutoencoderKL(**VAE),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
+        "tokenizer": tokenizer,
+        "unet": UNet2DConditionModel(**UNET),
+        "scheduler": DDIMScheduler(**SCHEDULER),
+    }
+
+
+def make_base(folder: Path) -> None:
+    """Write a random model of SD 1.5's size."""
     StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**UNET),
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained(folder)
-
-
-def peak() -> float:
-    """Largest memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -80,7 +80,10 @@ def main() -> None:
         make_base(options.folder)
 
     def stage(name: str, began: float) -> None:
-        print(f"| {name} | {time.perf_counter() - began:.1f} s | {peak():.2f} GiB |", flush=True)
+        print(
+            f"| {name} | {time.perf_counter() - began:.1f} s | {memory('VmHWM') / 2**30:.2f} GiB |",
+            flush=True,
+        )
 
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.frames} frames {options.size}²"

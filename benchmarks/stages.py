@@ -16,7 +16,6 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,14 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from machine import machine, memory, operations
 from original_way import decode_at_once, encode_at_once, original_attention, recomputation
-from sd15_size import SCHEDULER, TEXT, UNET, VAE
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from sd15_size import parts
 
-from tav_peft.bases import locate
 from tav_peft.objective import denoising_loss
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
@@ -50,12 +45,10 @@ def open_base(name: str) -> TuneAVideoPipeline:
     """Load pocket, or make a random model of SD 1.5's shapes in memory."""
     if name == "pocket":
         return TuneAVideoPipeline.from_pretrained("pocket")
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(locate("pocket"), subfolder="tokenizer", model_max_length=77)
-    return TuneAVideoPipeline(
-        AutoencoderKL(**VAE).eval(), CLIPTextModel(CLIPTextConfig(**TEXT)).eval(), tokenizer,
-        UNet2DConditionModel(**UNET).eval(), DDIMScheduler(**SCHEDULER),
-    )  # fmt: skip
+    pipe = TuneAVideoPipeline(**parts())
+    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+        model.eval()
+    return pipe
 
 
 class Bench:
@@ -119,13 +112,8 @@ def timed(stages: dict[str, Callable[[], Any]], into: dict[str, list[float]]) ->
 
 
 def counted(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
-    """Count the operations of stages in order; attention in its plain form, whose products the counter knows."""
-    found = {}
-    for name, stage in stages.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            stage()
-        found[name] = counter.get_total_flops()
-    return found
+    """Count the operations of stages in order."""
+    return {name: operations(stage) for name, stage in stages.items()}
 
 
 def machine_peak() -> dict[str, float]:
@@ -137,13 +125,13 @@ def machine_peak() -> dict[str, float]:
         "convolution": (lambda: torch.conv2d(picture, kernel, padding=1), 2 * 320 * 320 * 9 * 64 * 64),
     }
     best = {}
-    for name, (work, operations) in works.items():
+    for name, (work, count) in works.items():
         times = []
         for _ in range(6):
             began = time.process_time()
             work()
             times.append(time.process_time() - began)
-        best[name] = operations / min(times) / 1e9
+        best[name] = count / min(times) / 1e9
     return best
 
 
@@ -179,12 +167,6 @@ def peak_memory(arguments: list[str], way: str, what: str) -> float:
     """Run one stage in one way in a process of its own, and give the GiB it needed beyond its libraries."""
     command = [sys.executable, __file__, *arguments, "--memory", f"{way}:{what}"]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def resident() -> float:
-    """Largest memory of this process so far, in GiB."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 2**20
 
 
 def table(times: dict[Any, list[float]], operations: dict[Any, int], peak: dict[str, float]) -> str:
@@ -230,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     side = options.size or {"pocket": 64, "sd15": 256}[options.base]
     pixels = np.random.default_rng(0).integers(0, 255, (options.frames, side, side, 3), dtype=np.uint8)
-    before = resident()
+    before = memory("VmHWM")
     bench = Bench(open_base(options.base), Clip(pixels, 8.0), options.preset, options.rank)
     if options.memory:
         way, what = options.memory.split(":")
@@ -239,7 +221,7 @@ def main() -> None:
                 stage()
             for stage in stages.values():
                 stage()
-        print(resident() - before)
+        print((memory("VmHWM") - before) / 2**30)
         return
     given = [
         f"--base={options.base}",
@@ -248,25 +230,22 @@ def main() -> None:
         f"--preset={options.preset}",
     ]
     peak = machine_peak()
-    times, operations = run(bench, options.rounds)
+    times, counts = run(bench, options.rounds)
     again = machine_peak()
     peak = {name: max(value, again[name]) for name, value in peak.items()}
     del bench
-    memory = {
+    peaks = {
         f"{way}, {what}": round(peak_memory(given, way, what), 2)
         for what, ways in (("tuning", WAYS), ("editing", WAYS[:2]))
         for way in ways
     }
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor())  # fmt: skip
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "peft"))
     text = "\n\n".join([
         f"{options.base}, {options.frames} frames of {side}², preset {options.preset}; {options.rounds} rounds, CPU "
-        f"seconds, median (least to most). {model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"{libraries}. "
+        f"seconds, median (least to most). {machine()}, {libraries}, {os.cpu_count()} cores. "
         f"Peak: matrix product {peak['product']:.0f}, convolution {peak['convolution']:.0f} GFLOP a CPU second.",
-        table(times, operations, peak),
-        "Peak memory beyond the libraries, GiB: " + "; ".join(f"{what} {gib}" for what, gib in memory.items()) + ".",
+        table(times, counts, peak),
+        "Peak memory beyond the libraries, GiB: " + "; ".join(f"{what} {gib}" for what, gib in peaks.items()) + ".",
     ])  # fmt: skip
     print(text)
     if options.output:
@@ -280,11 +259,11 @@ def main() -> None:
                     [
                         way,
                         name,
-                        round(operations.get((way, name), 0) / 1e9, 1),
+                        round(counts.get((way, name), 0) / 1e9, 1),
                         *(round(v, 3) for v in values),
                     ]
                 )
-        options.output.with_suffix(".json").write_text(json.dumps({"peak": peak, "memory": memory}) + "\n")
+        options.output.with_suffix(".json").write_text(json.dumps({"peak": peak, "memory": peaks}) + "\n")
 
 
 if __name__ == "__main__":

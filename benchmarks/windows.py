@@ -10,7 +10,6 @@ import argparse
 import csv
 import dataclasses
 import itertools
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import memory as memory_of
 
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket import truth
@@ -99,10 +99,10 @@ def peak(frames: int, window: int | None) -> float:
     pipe = TuneAVideoPipeline.from_pretrained("pocket")
     pixels = np.random.default_rng(0).integers(0, 255, (frames, 64, 64, 3), np.uint8)
     clip = Clip(pixels, 8.0, "noise", tuple(range(frames)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_of("VmHWM")
     inversion = pipe.invert(clip, num_inference_steps=2, window=window)
     pipe("a rabbit", inversion=inversion, guidance_scale=4, window=window)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (memory_of("VmHWM") - before) / 2**20
 
 
 def memory() -> Iterator[tuple[Any, ...]]:

@@ -28,7 +28,7 @@ def changes(caption: str, prompt: str) -> list[tuple[str, str]]:
         if kind == "equal":
             continue
         was, now = _runs(before[a:b]), _runs(after[c:d])
-        found += zip(was, now, strict=False) if len(was) == len(now) else [(" ".join(was), " ".join(now))]
+        found += zip(was, now, strict=True) if len(was) == len(now) else [(" ".join(was), " ".join(now))]
     return found
 
 

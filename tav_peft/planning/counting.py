@@ -7,7 +7,6 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +130,8 @@ def _kernels_of_a_device(half: torch.dtype | None, widen: bool) -> Iterator[None
         for name, function in functions.items():
             dtype = None if half is None else half if name in _HALVED else torch.float32 if widen else None
             if dtype is not None or name == _FUSED:
-                stack.enter_context(mock.patch.object(F, name, _in_dtype(function, dtype)))
+                stack.callback(setattr, F, name, getattr(F, name))
+                setattr(F, name, _in_dtype(function, dtype))
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from tav_peft.autoencoding import frames_at_once, pixels_per_latent
-from tav_peft.planning.counting import Count, counting
+from tav_peft.planning.counting import Count, count, counting
 from tav_peft.presets import Subset
 from tav_peft.recipe import AdapterSection, ModelSection
 from tav_peft.unet.inflation import InflatedUNet
@@ -92,30 +91,24 @@ def _prediction(config: str, model: ModelSection, frames: Frames, rows: int, dty
     unet = _on_meta(config, dtype)
     given = _inputs(unet, frames, rows)
     with unet.as_variant(model):
-        return _without_gradients(lambda: unet(**given).sample)
+        return Step(count(lambda: unet(**given).sample))
 
 
 def encoding(vae: AutoencoderKL, height: int, width: int) -> Step:
     """Count the encoding of as many frames as go together; sizes in pixels."""
     frames = _empty(vae, frames_at_once(height, width), vae.config.in_channels, height, width)
-    return _without_gradients(lambda: vae.encode(frames).latent_dist.mean)
+    return Step(count(lambda: vae.encode(frames).latent_dist.mean))
 
 
 def decoding(vae: AutoencoderKL, height: int, width: int) -> Step:
     """Count the decoding of as many frames as go together; sizes in pixels."""
     size = [side // pixels_per_latent(vae) for side in (height, width)]
     latents = _empty(vae, frames_at_once(height, width), vae.config.latent_channels, *size)
-    return _without_gradients(lambda: vae.decode(latents).sample)
+    return Step(count(lambda: vae.decode(latents).sample))
 
 
 def _empty(vae: AutoencoderKL, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=vae.dtype, device="meta")
-
-
-def _without_gradients(run: Callable[[], Tensor]) -> Step:
-    with torch.no_grad(), counting() as counter:
-        run()
-    return Step(counter.count)
 
 
 def _key(unet: InflatedUNet) -> str:
