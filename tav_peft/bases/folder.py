@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _CLASSES = {
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
+_MOST, _MOST_LAYERS = 1 << 20, 1000  # far above any model's
 _LAYOUT = "A base in diffusers layout has unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
 
 
@@ -47,6 +49,8 @@ def loading_options(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in present:
         if name.startswith("tokenizer") and name not in given:
             _check_tokenizer(folder, name)
+    for name in models:
+        _check_sizes(folder / name / "config.json")
     found = {name: weight_files(folder, name) for name in models}
     variant = given.get("variant") or _variant(found)
     chosen = {
@@ -76,6 +80,21 @@ def read_config(file: Path) -> dict[str, Any]:
     return found
 
 
+def _check_sizes(file: Path) -> None:
+    """Refuse a config whose sizes no model has, before a library makes the model that it asks for."""
+
+    def told(key: str, value: Any) -> None:
+        for name, inner in value.items() if isinstance(value, dict) else ():
+            told(name, inner)
+        for inner in value if isinstance(value, list) else ():
+            told(key, inner)
+        most = _MOST_LAYERS if "layers" in key else _MOST
+        if isinstance(value, (int, float)) and abs(value) > most:
+            raise BaseModelError(f"{file} is damaged: {key} is {value}, and in no model more than {most}.")
+
+    told("", read_config(file))
+
+
 def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
     """Refuse a base of which libraries made up what its files lack, or whose tokenizer has more words than it embeds.
 
@@ -95,6 +114,8 @@ def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
             raise BaseModelError(
                 f"{folder} lacks {len(missing)} tensors of its {name}, first {missing[0]}. Get the file again."
             )
+        if name.startswith("text_encoder"):
+            _check_taken_over(folder / name, model)
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and tokenizer is not None:
             _check_together(folder, name, tokenizer, model.config)
@@ -103,10 +124,32 @@ def check_loaded(folder: Path, parts: Mapping[str, Any]) -> None:
 def _check_together(folder: Path, name: str, tokenizer: Any, encoder: Any) -> None:
     last, words = max(tokenizer.get_vocab().values()), encoder.vocab_size
     longest, positions = tokenizer.model_max_length, encoder.max_position_embeddings
-    if last >= words or not isinstance(longest, (int, float)) or longest > positions:
+    if last >= words or not isinstance(longest, int) or longest > positions:
         raise BaseModelError(
             f"{folder}: its tokenizer has words up to number {last} and texts of up to {str(longest)[:40]} of them, its "
             f"{name} {words} words and {positions} places. They are not of one model; get the base again."
+        )
+
+
+def _check_taken_over(folder: Path, model: Any) -> None:
+    """Refuse a text encoder without the numbers of its safetensors files: some transformers know none of their names.
+
+    The first row of each tensor is looked at; of several variants it may be any one's.
+    """
+    own = {_plain(key): tensor for key, tensor in model.state_dict().items()}
+    taken: dict[str, bool] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                tensor = own.get(_plain(key))
+                if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
+                    row = opened.get_slice(key)[:1].to(tensor)
+                    taken[key] = taken.get(key, False) or row.equal(tensor[:1]) or bool(row.isnan().any())
+    lost = [key for key, found in taken.items() if not found]
+    if lost:
+        raise BaseModelError(
+            f"{folder} has {len(lost)} tensors that transformers {version('transformers')} did not take over, first "
+            f"{lost[0]}. Install a version of it that tav-peft allows: pip install -U tav-peft."
         )
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from tav_peft.errors import BaseModelError
 from tav_peft.pipeline import TuneAVideoPipeline
@@ -152,6 +153,38 @@ def test_a_part_given_needs_not_be_in_the_folder(folder, pipe):
 def test_a_part_that_is_missing_is_named(part, said, folder):
     shutil.rmtree(folder / part)
     refused(folder, f"{said}.*A base in diffusers layout has unet/, vae/")
+
+
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [
+        ("vae", {"latent_channels": 2**31}),
+        ("text_encoder", {"num_hidden_layers": 5000}),
+        ("unet", {"sample_size": [2e9, 8]}),
+    ],
+)
+def test_a_config_of_sizes_that_no_model_has_is_refused_before_the_model_is_made(part, size, folder):
+    ((key, _),) = size.items()
+    change(folder / part / "config.json", **size)
+    refused(
+        folder, rf"{part}/config\.json is damaged: {key} is (2147483648|5000|2000000000\.0), and in no model"
+    )
+
+
+@pytest.mark.parametrize("longest", [float("nan"), 24.5, 10**9, "many"])
+def test_a_tokenizer_of_texts_that_its_encoder_has_no_places_for_is_refused(longest, folder):
+    change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=longest)
+    refused(folder, "They are not of one model|cannot be loaded as a base")
+
+
+def test_a_text_encoder_that_was_made_up_beside_its_file_is_refused(folder, monkeypatch):
+    def made_up(path, **_):
+        return CLIPTextModel(CLIPTextConfig.from_pretrained(path))
+
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", made_up)
+    refused(
+        folder, r"has \d+ tensors that transformers \S+ did not take over, first .* pip install -U tav-peft"
+    )
 
 
 def test_a_tokenizer_without_words_is_refused(folder):
