@@ -31,7 +31,7 @@ from machine import machine, memory, operations
 from original_way import decode_at_once, encode_at_once, original_attention, recomputation
 from sd15_size import parts
 
-from tav_peft.objective import denoising_loss
+from tav_peft.objective import denoising_loss, draw_example
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
 from tav_peft.unet.trainable import trainable
@@ -77,7 +77,8 @@ class Bench:
                 kept["given"] = encode_at_once(self.pipe, self.clip), self.pipe.encode_prompts([PROMPT])
 
             def forward() -> None:
-                kept["loss"] = denoising_loss(self.pipe, *kept["given"], generator)
+                moments, told = kept["given"]
+                kept["loss"] = denoising_loss(self.pipe, draw_example(self.pipe, moments, generator), told)
 
             def update() -> None:
                 torch.nn.utils.clip_grad_norm_(part.parameters.values(), 1.0)

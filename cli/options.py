@@ -1,5 +1,6 @@
 """Options that commands share, and what --base and --device mean."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -121,5 +122,6 @@ def _fastest() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return "cuda"
+        own = os.environ.get("LOCAL_RANK")  # several processes have one each
+        return "cuda" if own is None else f"cuda:{own}"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,8 +1,9 @@
 """The settings of a tuning: a recipe, changed by --set, changed by the options that name a setting."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import BadParameter, Option
+from typer import Argument, BadParameter, Option
 
 if TYPE_CHECKING:
     from tav_peft.recipe import Recipe
@@ -20,7 +21,11 @@ _RECIPE = (
     "else the one named like --preset, else paper."
 )
 RecipeName = Annotated[str | None, Option("--recipe", autocompletion=recipe_names, help=_RECIPE)]
-Prompt = Annotated[str | None, Option("--prompt", help="What the clip shows. Not given: the recipe's.")]
+Clips = Annotated[list[Path], Argument(metavar="CLIP...", help="A video file, or several of one subject.")]
+Prompts = Annotated[
+    list[str] | None,
+    Option("--prompt", help="What the clip shows, once for each of several. Not given: the recipe's."),
+]
 Sets = Annotated[list[str] | None, Option("--set", metavar="NAME=VALUE", help="One setting; repeatable.")]
 Preset = Annotated[str | None, Option("--preset", help="paper (dense), hybrid, or lite (LoRA only).")]
 _METHOD = (
@@ -65,6 +70,17 @@ def settle(
     if "adapter.rank" in given and settled.adapter.preset == "paper":
         raise BadParameter("the preset paper has no LoRA. Add --preset hybrid or lite.", param_hint="--rank")
     return settled if prompt is None else settled.model_copy(update={"prompt": prompt})
+
+
+def captions(prompts: list[str] | None, recipes: str | None, count: int) -> list[str]:
+    """Give each clip its caption: its own, or the one there is."""
+    given = prompts or [required(recipes, "--prompt")]
+    if len(given) not in (1, count):
+        raise BadParameter(
+            f"there are {len(given)} captions of {count} clips. Give one for each, in their order, or one for all.",
+            param_hint="--prompt",
+        )
+    return given * (count // len(given))
 
 
 def required(value: str | None, option: str) -> str:

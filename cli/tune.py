@@ -1,4 +1,4 @@
-"""`tav tune`: one clip in, a small adapter out."""
+"""`tav tune`: a clip, or several of one subject, in; a small adapter out."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,6 @@ from tav_peft.cli import console, memory, settings
 from tav_peft.cli.options import (
     AsJson,
     Base,
-    ClipFile,
     Device,
     IgnoreMemory,
     Output,
@@ -20,15 +19,13 @@ from tav_peft.cli.options import (
 
 if TYPE_CHECKING:
     from tav_peft.adapter import Provenance
-    from tav_peft.pipeline import TuneAVideoPipeline
-    from tav_peft.recipe import Recipe
-    from tav_peft.video.clip import Clip
+    from tav_peft.repetition import Repetition
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
-    clip: ClipFile,
+    clips: settings.Clips,
     *,
-    prompt: settings.Prompt = None,
+    prompt: settings.Prompts = None,
     recipe: settings.RecipeName = None,
     sets: settings.Sets = None,
     base: Base = None,
@@ -55,28 +52,37 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
     chosen = settings.settle(
-        recipe, sets, base=base, prompt=prompt, adapter__preset=preset, adapter__method=method,
+        recipe, sets, base=base, prompt=prompt[0] if prompt else None, adapter__preset=preset, adapter__method=method,
         adapter__rank=rank, clip__frames=frames, clip__start=start, clip__stride=stride, clip__size=size,
         clip__fit=fit, training__steps=steps, training__lr=lr, training__seed=seed,
     )  # fmt: skip
     on = settings.required(base or chosen.base, "--base")
-    caption = settings.required(chosen.prompt, "--prompt")
-    target, began = output or Path(f"{clip.stem}.safetensors"), perf_counter()
+    captions = settings.captions(prompt, chosen.prompt, len(clips))
+    target, began = output or Path(f"{clips[0].stem}.safetensors"), perf_counter()
+    from tav_peft.processes import count, is_first
+    from tav_peft.repetition import repeat
     from tav_peft.trail import Trail
     from tav_peft.tuning import tune
     from tav_peft.video.clip import Clip
 
-    source = Clip.read(clip, **chosen.clip.model_dump())
-    recompute = memory.before_tuning(on, chosen, source, device, ignore=ignore_memory)
+    if not is_first():  # of several processes one speaks
+        console.out.quiet = console.err.quiet = True
+    sources = [Clip.read(clip, **chosen.clip.model_dump()) for clip in clips]
+    largest = max(sources, key=lambda clip: clip.frames * clip.height * clip.width)
+    recompute = memory.before_tuning(on, chosen, largest, device, ignore=ignore_memory)
+    (source, caption), *also = zip(sources, captions, strict=True)
     pipe = open_base(on, device, chosen.training.precision, prediction_type=prediction_type)
     if check is not None:
-        _check(pipe, source, caption, chosen, check, as_json)
+        _check(repeat(pipe, source, caption, chosen, check, also), as_json)
         return
     again = ", activations recomputed" if recompute else ""
-    console.say(f"{clip} on {on}, recipe {chosen.name}, {chosen.training.steps} steps{again}")
+    again += f", {count()} processes" if count() > 1 else ""
+    console.say(
+        f"{', '.join(map(str, clips))} on {on}, recipe {chosen.name}, {chosen.training.steps} steps{again}"
+    )
     with console.tuning_bar() as bar:
         made = tune(
-            pipe, source, caption, chosen, output=target, progress=bar,
+            pipe, source, caption, chosen, also=also, output=target, progress=bar,
             keep_latents=keep_latents, overwrite=overwrite, restart=restart,
         ).provenance  # fmt: skip
     if made.step_probes:
@@ -101,14 +107,10 @@ def _choice(made: "Provenance") -> str:
     )
 
 
-def _check(
-    pipe: "TuneAVideoPipeline", clip: "Clip", caption: str, recipe: "Recipe", steps: int, as_json: bool
-) -> None:
+def _check(repetition: "Repetition", as_json: bool) -> None:
     """Say whether a tuning repeats here, and fail where it does not."""
     from tav_peft.errors import TuningError
-    from tav_peft.repetition import repeat
 
-    repetition = repeat(pipe, clip, caption, recipe, steps)
     if as_json:
         console.print_json({**dataclasses.asdict(repetition), "repeats": repetition.repeats})
     if not repetition.repeats:

@@ -70,6 +70,13 @@ class ClipInfo(_Section):
     fit: str = "keep"
 
 
+class FurtherClip(_Section):
+    """Another clip that an adapter was tuned on, with its caption."""
+
+    caption: str
+    clip: ClipInfo
+
+
 class TemporalInit(_Section):
     """The initial T-Attn that updates of T-Attn count from: generator, seed, and `temporal_init.fingerprint`."""
 
@@ -142,6 +149,7 @@ def library_versions() -> dict[str, str]:
 class Provenance(_Section):
     """Everything about an adapter that is not a tensor; `model` is the variant of the UNet that it was tuned in.
 
+    `further_clips` are those it was tuned on besides `clip`.
     `derived_from` lists what tools did to it since it was tuned or merged, in that order.
     `step_probes` are what early stopping chose `step` by.
     `temporal_branches` is how many temporal attentions run side by side in it; their weights are stacked then.
@@ -151,6 +159,7 @@ class Provenance(_Section):
     caption: str
     base: BaseModelInfo
     clip: ClipInfo
+    further_clips: tuple[FurtherClip, ...] = ()
     temporal_init: TemporalInit
     model: ModelSection = ModelSection()
     subset: dict[str, Any]
@@ -162,6 +171,11 @@ class Provenance(_Section):
     merged_from: MergeInfo | None = None
     derived_from: tuple[Derivation, ...] = ()
     temporal_branches: int = pydantic.Field(default=1, ge=1)
+
+    @property
+    def clips(self) -> list[tuple[str, ClipInfo]]:
+        """What it was tuned on: each clip with its caption."""
+        return [(self.caption, self.clip), *((each.caption, each.clip) for each in self.further_clips)]
 
     def checked_subset(self) -> Subset:
         """Which parts and blocks the adapter updates."""

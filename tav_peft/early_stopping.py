@@ -84,11 +84,16 @@ class Watch:
 class EarlyStopping:
     """Keeps the adapter of the best step so far and says when no better one is to be expected; off, it does nothing.
 
-    The best is the one with the greatest `StepProbe.gain`.
+    The best is the one with the greatest `StepProbe.gain`. `agree` gives all processes of a tuning the same probe.
     """
 
-    def __init__(self, settings: TrainingSection, trail: Trail | None) -> None:
-        self._settings, self._trail = settings, trail
+    def __init__(
+        self,
+        settings: TrainingSection,
+        trail: Trail | None,
+        agree: Callable[[StepProbe], StepProbe] = lambda own: own,
+    ) -> None:
+        self._settings, self._trail, self._agree = settings, trail, agree
         self._watch: Watch | None = None
         self._probes: list[StepProbe] = []
         self._best: Adapter | None = None
@@ -118,7 +123,7 @@ class EarlyStopping:
         due = step > 0 and (step % self._settings.probe_every == 0 or step == self._settings.steps)
         if self._watch is None or not due or step in (probe.step for probe in self._probes):
             return
-        self._probes.append(self._watch.measure(step))
+        self._probes.append(self._agree(self._watch.measure(step)))
         is_best = self._best_step == step
         if not is_best and not self._is_over and step < self._settings.steps:
             return

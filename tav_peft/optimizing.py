@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tav_peft.errors import TuningError
+from tav_peft.processes import sum_over_processes
 from tav_peft.recipe import TrainingSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,7 +35,8 @@ class Optimization:
     """Parameters by name, AdamW (Loshchilov & Hutter 2019) on them, and the losses of the steps they have taken.
 
     `generator` is what the steps draw from. In fp16 the accelerator scales the loss, and leaves out an update whose
-    gradients overflow; `updates` counts those that were made.
+    gradients overflow; `updates` counts those that were made. In several processes each adds up the gradients of its own
+    losses, and all take the step with the sum.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Optimization:
         )
         self._drawn = generator.get_state()  # as of the last whole step
 
-    def steps(self, loss_of: Callable[[], Tensor]) -> Iterator[TuningStep]:
+    def steps(self, draw: Callable[[], Sequence[Callable[[], Tensor]]]) -> Iterator[TuningStep]:
         """Take the steps that are left, of which every one ends in a state to save.
+
+        `draw` gives what a step adds up: functions that return losses, each already a share of the step's.
 
         Raises:
             TuningError: where the loss or a gradient is no finite number, or gradients overflow again and again.
@@ -68,12 +72,7 @@ class Optimization:
         skipped = 0
         for step in range(len(self.losses) + 1, settings.steps + 1):
             started = time.perf_counter()
-            with self._accelerator.autocast():
-                loss = loss_of()
-            value = loss.item()
-            if not math.isfinite(value):
-                raise TuningError(f"The loss is {value} at step {step}. {_FIXES}")
-            self._accelerator.backward(loss)
+            value = self._backward(draw(), step)
             norm = self._accelerator.clip_grad_norm_(list(self._parameters.values()), settings.max_grad_norm)
             if self._accelerator.scaler is None and not math.isfinite(float(norm)):
                 raise TuningError(f"The gradients are not finite at step {step}. {_FIXES}")
@@ -89,6 +88,21 @@ class Optimization:
             self.losses.append(value)
             self._drawn = self._generator.get_state()
             yield TuningStep(step, settings.steps, value, time.perf_counter() - started)
+
+    def _backward(self, losses: Sequence[Callable[[], Tensor]], step: int) -> float:
+        """Add up the gradients of the losses, over all processes too, and return the losses' sum."""
+        total = 0.0
+        for loss_of in losses:
+            with self._accelerator.autocast():
+                loss = loss_of()
+            self._accelerator.backward(loss)
+            total += loss.item()
+        if self._accelerator.num_processes > 1:
+            gradients = [parameter.grad for parameter in self._parameters.values()]
+            total = sum_over_processes(self._accelerator, gradients, total)
+        if not math.isfinite(total):  # and so in every process
+            raise TuningError(f"The loss is {total} at step {step}. {_FIXES}")
+        return total
 
     @property
     def is_whole(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,14 @@ class Repetition:
         )
 
 
-def repeat(pipe: TuneAVideoPipeline, clip: Clip, prompt: str, recipe: Recipe, steps: int) -> Repetition:
+def repeat(
+    pipe: TuneAVideoPipeline,
+    clip: Clip,
+    prompt: str,
+    recipe: Recipe,
+    steps: int,
+    also: Sequence[tuple[Clip, str]] = (),
+) -> Repetition:
     """Take the first `steps` of a tuning twice, as `tune` does, and compare; nothing is written.
 
     The adapters are compared in float32, whatever the recipe saves them in.
@@ -58,7 +65,7 @@ def repeat(pipe: TuneAVideoPipeline, clip: Clip, prompt: str, recipe: Recipe, st
     tensors: list[Mapping[str, Tensor]] = []
     for _ in range(2):
         told: list[TuningStep] = []
-        tensors.append(tune(pipe, clip, prompt, short, progress=told.append).tensors)
+        tensors.append(tune(pipe, clip, prompt, short, also=also, progress=told.append).tensors)
         losses.append(tuple(step.loss for step in told))
     one, other = tensors
     differing = {name: _apart(one[name], other[name]) for name in one if not _same(one[name], other[name])}

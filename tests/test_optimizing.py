@@ -18,6 +18,8 @@ FEW = Recipe().override(["training.steps=5", "training.lr=1e-3", "training.save_
 class Scaling:
     """What of an Accelerator in fp16 matters here, on the processor: the loss scaler that it would have on a GPU."""
 
+    num_processes = 1
+
     def __init__(self, scale=2.0**16, growth_interval=2000):
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
 
@@ -77,7 +79,7 @@ def accelerators(monkeypatch):
 
 def test_updates_that_overflow_are_left_out_and_counted(accelerators):
     made, parameter = optimization()
-    done = list(made.steps(lambda: overflowing(parameter)))
+    done = list(made.steps(lambda: [lambda: overflowing(parameter)]))
     assert [step.step for step in done] == [1, 2, 3, 4, 5, 6]
     assert 0 < made.updates < 6
     assert len(made.losses) == 6
@@ -87,16 +89,16 @@ def test_updates_that_overflow_are_left_out_and_counted(accelerators):
 
 def test_a_resumed_tuning_has_the_loss_scale_and_all_else_that_it_had(accelerators):
     straight, expected = optimization(accelerator=Scaling(growth_interval=2))
-    for _ in straight.steps(lambda: overflowing(expected)):
+    for _ in straight.steps(lambda: [lambda: overflowing(expected)]):
         pass
     first, parameter = optimization(accelerator=Scaling(growth_interval=2))
-    for done in first.steps(lambda: overflowing(parameter)):
+    for done in first.steps(lambda: [lambda: overflowing(parameter)]):
         if done.step == 3:
             break
     state = {name: tensor.clone() for name, tensor in first.state().items()}
     resumed, again = optimization(accelerator=Scaling(scale=8.0, growth_interval=2))
     resumed.restore(state)
-    for _ in resumed.steps(lambda: overflowing(again)):
+    for _ in resumed.steps(lambda: [lambda: overflowing(again)]):
         pass
     assert resumed.losses == straight.losses
     assert torch.equal(again, expected)
@@ -108,7 +110,7 @@ def test_overflow_at_any_scale_stops_with_the_step_and_what_to_try(accelerators)
     made, parameter = optimization(steps=50)
     parameter.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TuningError, match=r"overflow fp16 in 21 steps in a row, up to step 21.*bf16 or fp32"):
-        list(made.steps(parameter.sum))
+        list(made.steps(lambda: [parameter.sum]))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_overflow_at_any_scale_stops_with_the_step_and_what_to_try(accelerators)
 )
 def test_a_state_of_something_else_is_refused_and_changes_nothing(change, said, accelerators):
     made, parameter = optimization()
-    for done in made.steps(lambda: overflowing(parameter)):
+    for done in made.steps(lambda: [lambda: overflowing(parameter)]):
         if done.step == 3:
             break
     state = dict(made.state())

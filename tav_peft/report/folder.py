@@ -151,7 +151,9 @@ def _facts(found: Found) -> dict[str, str]:
     facts = {
         "base": said.base.name + (f", {said.base.license}" if said.base.license else ""),
         "adapter": f"{found.adapter_file.name}, {size / 1000:.0f} kB, preset {said.subset['preset']}",
-        "clip": f"{said.clip.name}, {said.clip.frames} frames of {said.clip.width}x{said.clip.height}",
+        "clip": "; ".join(
+            f"{clip.name}, {clip.frames} frames of {clip.width}x{clip.height}" for _, clip in said.clips
+        ),
     }
     training: Any = said.recipe.get("training")
     if training:
@@ -182,7 +184,8 @@ def _commands(found: Found) -> str:
     """Spell the commands that tune and edit as the adapter and the records say."""
     said, name = found.adapter.provenance, found.adapter_file.name
     lines = [
-        f"tav tune {shlex.quote(said.clip.name)} --recipe recipe.yaml --prompt {shlex.quote(said.caption)} "
+        f"tav tune {' '.join(shlex.quote(clip.name) for _, clip in said.clips)} --recipe recipe.yaml "
+        f"{' '.join(f'--prompt {shlex.quote(caption)}' for caption, _ in said.clips)} "
         f"--base {shlex.quote(said.base.name)} -o {shlex.quote(name)}  # recipe.yaml: the recipe below"
     ]
     for video, record in found.edits.items():

@@ -92,13 +92,12 @@ class Card:
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         made, told = self.adapter.provenance, self.adapter.summary()
-        recipe, clip = Recipe.model_validate(made.recipe), made.clip
-        yield "caption of the clip", made.caption
-        if clip.frames:
-            yield (
-                "clip",
-                f"{clip.name}: {clip.frames} frames of {clip.width}x{clip.height}, {clip.fps:g} a second",
-            )
+        recipe = Recipe.model_validate(made.recipe)
+        for caption, clip in made.clips:
+            yield "caption of the clip", caption
+            size = f"{clip.frames} frames of {clip.width}x{clip.height}, {clip.fps:g} a second"
+            if clip.frames:
+                yield "clip", f"{clip.name}: {size}"
         called = "" if self.base == made.base.name else f" (called {made.base.name} by who tuned it)"
         yield "base", f"{self.base}{called}; it predicts {made.base.prediction_type}"
         method = "" if told["method"] in (None, "lora") else f", {told['method']}"

@@ -23,6 +23,7 @@ class FakeClip:
     """A clip that records how it was read and written."""
 
     fingerprint = "a clip"
+    frames, height = 8, 64
 
     reads: list[tuple[Path, dict[str, Any]]]
     writes: list[tuple[Path, int]]

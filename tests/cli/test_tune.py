@@ -33,6 +33,24 @@ def test_the_recipe_suits_the_base_and_the_preset_unless_given(library, tav, opt
     assert settled(library, tav, *options).name == expected
 
 
+@pytest.mark.parametrize("captions", [("a rabbit",), ("a rabbit runs", "a rabbit sits")])
+def test_several_clips_have_a_caption_each_or_one_for_all(library, tav, captions):
+    given = [word for caption in captions for word in ("--prompt", caption)]
+    result = tav("tune", "one.mp4", "two.mp4", *given)
+    assert result.exit_code == 0, result.output
+    asked = library.tunings[-1]
+    assert [asked["prompt"], *(caption for _, caption in asked["also"])] == [captions[0], captions[-1]]
+    assert asked["output"] == Path("one.safetensors")
+    assert [path for path, _ in library.clip.reads] == [Path("one.mp4"), Path("two.mp4")]
+
+
+def test_captions_that_do_not_go_with_the_clips_are_refused(library, tav):
+    result = tav("tune", "one.mp4", "two.mp4", "three.mp4", "--prompt", "a rabbit", "--prompt", "a fox")
+    assert result.exit_code == 2
+    assert "there are 2 captions of 3 clips. Give one for each" in result.stderr
+    assert library.tunings == []
+
+
 def test_an_option_wins_over_set_and_set_over_the_recipe(library, tav):
     assert settled(library, tav, "--recipe", "lite").training.steps == 500
     assert settled(library, tav, "--recipe", "lite", "--set", "training.steps=30").training.steps == 30

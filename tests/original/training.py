@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tav_peft import tuning
 from tav_peft.conditions import Conditions
+from tav_peft.objective import Example
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import BLOCKS
 from tav_peft.recipe import Recipe
@@ -126,27 +127,19 @@ def _recorded_draws(recording: Recording, run: str, replay: Replay) -> Iterator[
     told = Conditions(drawn(recording, run, "text"))
     objective = tuning.denoising_loss
 
-    def given(pipe: TuneAVideoPipeline, *_: Any) -> Tensor:
-        latents, noise, timestep = next(steps)
-        mean = latents / pipe.vae.config.scaling_factor
-        moments = (mean, torch.zeros_like(mean))  # nothing is left to draw from the posterior
-
-        def randn(shape: torch.Size, **_: Any) -> Tensor:
-            return noise if len(shape) == noise.ndim else torch.zeros(shape)
-
+    def given(pipe: TuneAVideoPipeline, example: Example, *_: Any) -> Tensor:
         def predicted(_module: nn.Module, _args: Any, output: Any) -> None:
             replay.predictions.append(output.sample.detach().clone())
 
         hook = pipe.unet.register_forward_hook(predicted)
-        with (
-            mock.patch.object(torch, "randn", randn),
-            mock.patch.object(torch, "randint", return_value=timestep),
-        ):
-            loss = objective(pipe, moments, told, torch.Generator())
+        loss = objective(pipe, example, told)
         hook.remove()
         return loss
 
-    with mock.patch.object(tuning, "denoising_loss", given):
+    with (
+        mock.patch.object(tuning, "draw_example", side_effect=map(Example._make, steps)),
+        mock.patch.object(tuning, "denoising_loss", given),
+    ):
         yield
 
 
