@@ -28,6 +28,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     prediction_type: options.PredictionType = None,
     guidance: Annotated[float | None, Option(help="How strongly the prompt pulls, from 1.")] = None,
     guidance_interval: steering.GuidanceInterval = None,
+    reuse_features: steering.ReuseFeatures = None,
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
@@ -81,7 +82,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {
         "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap,
-        "guidance_interval": steering.read_interval(guidance_interval),
+        "guidance_interval": steering.read_interval(guidance_interval), "reuse_features": reuse_features,
     }  # fmt: skip
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)

@@ -44,6 +44,12 @@ GuidanceInterval = Annotated[
         help="Guide only from and up to these shares of the steps, such as 0-0.6; the others take half as long.",
     ),
 ]
+ReuseFeatures = Annotated[
+    int | None,
+    Option(
+        "--reuse-features", min=1, help="Compute the UNet's deep blocks at every so many steps only; faster."
+    ),
+]
 InjectAttention = Annotated[
     float | None,
     Option(

@@ -19,6 +19,7 @@ from tav_peft.base_loading import BaseLoading
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import BaseModelError, TavError
+from tav_peft.feature_reuse import FeatureReuse
 from tav_peft.injection import Injection, Injector
 from tav_peft.inversion import ITERATIONS, TOLERANCE, Inversion, invert, timestep_pairs
 from tav_peft.loading import AdapterLoading
@@ -253,6 +254,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         window: int | None = None,
         overlap: int = OVERLAP,
         injection: Injection | None = None,
+        reuse_features: int = 1,
         batch_size: int = 1,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
@@ -265,7 +267,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         noise end, less keeps more of the source. `guidance_interval` are the shares of the steps from which and up to
         which guidance acts; the others take half as long. `num_inference_steps` defaults to the inversion's. `controls`
         steer the sampling. Where `mask` (see `masks`) is 0 the source stays; `injection` keeps its layout by its own
-        features. `window` and `overlap` are as in `invert`. As many as `batch_size` prompts are sampled at a time, which
+        features. With `reuse_features` the deep blocks are computed at every so many steps only. `window` and `overlap`
+        are as in `invert`. As many as `batch_size` prompts are sampled at a time, which
         costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
         `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
         noise; each prompt draws from a stream of its own.
@@ -285,9 +288,12 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         start, inverted = self._start(inversion, latents, steps, depth)
         told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
         streams = None if generator is None else _streams(generator, len(prompts))
-        if injection is not None and window is not None and window < start.shape[2]:
-            raise TavError("Features are injected into whole clips. Give no window, or no injection.")
-        predict = self._windowed(window, overlap, self._predictor(injection, inversion, start))
+        predict = self._predictor(injection, inversion, start, reuse_features)
+        if predict != self.predict and window is not None and window < start.shape[2]:
+            raise TavError(
+                "Features are injected and reused in whole clips. Give no window, or neither of them."
+            )
+        predict = self._windowed(window, overlap, predict)
         sampling = Sampling(
             predict=predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
             guidance_scale=guidance_scale, guidance_interval=guidance_interval, steering=self._steering(controls, start),
@@ -355,8 +361,12 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         return KeptSource.of(mask, inversion, self.timesteps(inversion.num_inference_steps), start)
 
     def _predictor(
-        self, injection: Injection | None, inversion: Inversion | None, start: Latents
+        self, injection: Injection | None, inversion: Inversion | None, start: Latents, reuse: int
     ) -> Callable[..., Latents]:
+        if reuse != 1 and injection is not None:
+            raise TavError("Features that are reused cannot be injected into. Give one of the two.")
+        if reuse != 1:
+            return FeatureReuse(self.unet, self.predict, reuse)
         if injection is None:
             return self.predict
         if inversion is None:

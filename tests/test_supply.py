@@ -6,22 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(text) for text in PROJECT["dependencies"]]
-PINS = [
-    Requirement(line)
-    for line in (ROOT / "requirements-dev.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-]
+ASKED = [*NEEDED, *map(Requirement, PROJECT["optional-dependencies"]["test"])]
 # of these more than the documented API is used, or their classes are extended
 BOUNDED = {
     "torch",
@@ -35,16 +28,35 @@ BOUNDED = {
 }
 
 
+def pins_of(file):
+    """The exact versions in a file of requirements, by name."""
+    lines = (ROOT / file).read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all([s.operator for s in pin.specifier] == ["=="] for pin in pins)
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+
+
 def test_every_pin_satisfies_the_bounds_and_every_dependency_is_pinned():
-    asked = [*NEEDED, *(Requirement(text) for text in PROJECT["optional-dependencies"]["test"])]
-    pins = {canonicalize_name(pin.name): pin for pin in PINS}
-    here = [each for each in asked if each.marker is None or each.marker.evaluate()]
+    pins = pins_of("requirements-dev.txt")
+    here = [each for each in ASKED if each.marker is None or each.marker.evaluate()]
     assert len(here) > 20
     for each in here:
         pin = pins[canonicalize_name(each.name)]
-        (exact,) = pin.specifier
-        assert exact.operator == "==", pin
-        assert each.specifier.contains(exact.version), f"{pin} is outside of {each}"
+        assert each.specifier.contains(pin), f"{pin} is outside of {each}"
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    pins = pins_of("requirements-oldest.txt")
+    bounds = {
+        canonicalize_name(each.name): s.version
+        for each in ASKED
+        for s in each.specifier
+        if s.operator == ">=" and (each.marker is None or each.marker.evaluate())
+    }
+    assert bounds.keys() - pins.keys() <= {"ruff", "mypy"}  # which look at the newest only
+    elsewhere = {"torch", "setuptools", "einops", "toml"}  # see the file; and what other pins need
+    for name in pins.keys() - elsewhere:
+        assert SpecifierSet(f"=={bounds[name]}.*").contains(pins[name]), name
 
 
 def test_what_is_used_privately_is_bounded_on_both_sides():

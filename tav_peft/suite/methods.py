@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ class Method:
     """A way to edit: the recipe's settings that differ, what sampling starts from, and how deep and how guided.
 
     `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the recipe does.
+    `sampling` are further arguments of `pipe(prompt, …)`.
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
     ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
     longer tuning kept at that step, `temporal` is what T-Attn starts from. `few` is made on a few clips only, and
@@ -36,6 +37,7 @@ class Method:
     depth: Mapping[str, float] = dataclasses.field(default_factory=dict)
     guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
     injection: Injection | None = None
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     step: int | None = None
     temporal: TemporalStart = "drawn"
     few: bool = False
@@ -82,6 +84,15 @@ METHODS: dict[str, Method] = {
     },
     "guidance_2": Method("guidance 2", guidance={"all": 2.0}, few=True),
     "guidance_7": Method("guidance 7", guidance={"all": 7.0}, few=True),
+    "guided_to_60": Method(
+        "guidance in the first 60 % of steps", sampling={"guidance_interval": (0.0, 0.6)}, few=True
+    ),
+    **{
+        f"reuse_{every}": Method(
+            f"deep features at every {word} step", sampling={"reuse_features": every}, few=True
+        )
+        for every, word in ((2, "second"), (3, "third"))
+    },
     "full_attention": Method("full attention between frames", ("model.attention=full",), few=True),
     "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
     "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),

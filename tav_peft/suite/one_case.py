@@ -89,7 +89,7 @@ def _edits(
         ideal = truth.asked_of(case.truth, prompt) if case.truth else None
         if method.start == "drawn" and ideal is None:
             continue
-        key = (kind, method.start, depth, guidance, method.injection)
+        key = (kind, method.start, depth, guidance, method.injection, *method.sampling.items())
         if key not in made:
             if method.start == "drawn":
                 assert ideal is not None
@@ -98,7 +98,7 @@ def _edits(
                 (edit,) = bench.pipe(
                     prompt, inversion=start[0], latents=start[1], num_inference_steps=how.num_inference_steps,
                     guidance_scale=guidance, depth=depth, negative_prompt=how.negative_prompt, like=bench.clip,
-                    injection=method.injection,
+                    injection=method.injection, **method.sampling,
                 ).clips  # fmt: skip
             made[key] = edit, _scored(bench, edit, prompt, ideal)
         edit, scores = made[key]

@@ -245,6 +245,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
     assert steered == {
         "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 1.0, "strength": 1.0,
+        "reuse_features": 1,
         "lora": ["style.safetensors=0.6"], "inject_attention": 0.5,
     }  # fmt: skip
     assert noise["seed"] == 5
