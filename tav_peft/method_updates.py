@@ -106,6 +106,8 @@ def _shapes(config: str, width: int, largest: int) -> tuple[tuple[str, tuple[int
     block = given.get("oft_block_size", 1)
     if width % block:
         raise ValueError(f"blocks of {block} do not divide a width of {width}")
+    if given["peft_type"] == "MISS" and given["r"] > width:
+        raise ValueError(f"a rank of {given['r']} is more than the width of {width}")
     with torch.device("meta"):
         layer = _layer(given, torch.empty(width, width), largest)
     return tuple((kind, tuple(each.shape)) for kind, each in parameters_of(layer, _INNER).items())

@@ -125,9 +125,12 @@ def _write_base(folder: Path, *, seed: int, unet: dict | None = None, scheduler:
     )  # fmt: skip
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     schedule |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **(scheduler or {})}
-    _randomise(CLIPTextModel(text), seed).save_pretrained(folder / "text_encoder")
     vae.save_pretrained(folder / "vae")
     _randomise(UNet2DConditionModel(**(TINY_UNET | (unet or {}))), seed).save_pretrained(folder / "unet")
+    encoder = CLIPTextModel(text)  # last, as versions of transformers draw its weights in different ways
+    for name, parameter in encoder.named_parameters():
+        nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
+    _randomise(encoder, seed).save_pretrained(folder / "text_encoder")
     DDIMScheduler(**schedule).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",

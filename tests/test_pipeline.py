@@ -187,7 +187,7 @@ def test_a_model_of_velocity_inverts_as_the_model_of_noise_that_it_is_made_of(pi
         "iterations": 30,
         "tolerance": 1e-6,
     }
-    noise, exact = pipe.invert(clip, num_inference_steps=10), pipe.invert(clip, **exactly)
+    noise, exact = pipe.invert(clip, num_inference_steps=20), pipe.invert(clip, **exactly)
     alphas, forward = pipe.scheduler.alphas_cumprod, pipe.unet.forward
 
     def velocity(x, timestep, *args, **kwargs):
@@ -197,9 +197,9 @@ def test_a_model_of_velocity_inverts_as_the_model_of_noise_that_it_is_made_of(pi
         )
 
     monkeypatch.setattr(pipe.unet, "forward", velocity)
-    wrong = pipe.invert(clip, num_inference_steps=10)
+    wrong = pipe.invert(clip, num_inference_steps=20)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
-    right = pipe.invert(clip, num_inference_steps=10)
+    right = pipe.invert(clip, num_inference_steps=20)
     assert right.info["prediction_type"] == "v_prediction"
     torch.testing.assert_close(pipe.invert(clip, **exactly).trajectory, exact.trajectory, rtol=0, atol=1e-5)
     assert (wrong.trajectory[-1] - noise.trajectory[-1]).abs().max() > 0.5

@@ -195,9 +195,13 @@ def _video_stream(container: Any, path: Path) -> Any:
 
     moving = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if moving and not container.format.name.endswith(("_pipe", "image2", "tty")):
+        if moving[0].codec_context is None:  # and PyAV before 18.1 dies of decoding it
+            raise ClipError(
+                f"{path} is damaged, or of a codec that this PyAV does not have. Convert it to .mp4 first."
+            )
         return moving[0]
     if container.streams.audio:
-        sound = container.streams.audio[0].codec_context.name
+        sound = getattr(container.streams.audio[0].codec_context, "name", "of no known codec")
         raise ClipError(f"{path} holds only sound ({sound}), no pictures. Give {READABLE}.")
     raise ClipError(f"{path} is not a video (it reads as {container.format.name}). Give {READABLE}.")
 

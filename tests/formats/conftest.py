@@ -61,8 +61,9 @@ def header_of():
 
 
 @pytest.fixture
-def complaints(caplog):
+def complaints(caplog, monkeypatch):
     """List what diffusers warns of, but for text encoders: it warns of every file that has nothing for them."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     caplog.set_level(logging.WARNING)
     return lambda: [text for text in caplog.messages if "CLIPTextModel" not in text]
 
