@@ -70,7 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     recipe = Recipe.load("pocket").override(["editing.num_inference_steps=25"])
     cases = pocket_cases()
-    suite = Suite(cases[:: len(cases) // options.clips], ("ideal", *CELLS), recipe)  # spread over all there are
+    suite = Suite(
+        cases[:: len(cases) // options.clips], ("ideal", *CELLS), recipe
+    )  # spread over all there are
     rows = run(suite, options.folder, jobs=options.jobs, progress=lambda *told: print(*told, flush=True))
     ideals = {
         (row["clip"], row["kind"]): row["scores"]["recognised_object"]["value"]

@@ -260,7 +260,10 @@ def test_a_base_that_the_header_makes_up_is_refused(trained):
             "blocks of 6 do not divide a width of",
         ),
         (["adapter.preset=lite", "adapter.method=fourierft", "adapter.rank=5"], "n_frequency"),
-        (["adapter.preset=lite", "adapter.method=miss", "adapter.rank=17"], "a rank of 17 is more than the width of 16"),
+        (
+            ["adapter.preset=lite", "adapter.method=miss", "adapter.rank=17"],
+            "a rank of 17 is more than the width of 16",
+        ),
     ],
 )
 def test_what_a_method_cannot_do_is_said_before_anything_changes(settings, says, pipe, clip):
