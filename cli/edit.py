@@ -90,7 +90,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     files = edit_files(wanted, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
     kept = Inversion.load(inversion) if inversion else None
-    how = how.replace(num_inference_steps=steps or (kept and kept.num_inference_steps))
+    passes = steps or (kept and kept.num_inference_steps)
+    how = how.replace(num_inference_steps=passes, depth=1.0 if no_inversion else None)
     needed = bool(clip) or not (kept or (no_inversion and not control))
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
     on = base or tuned.provenance.base.name
@@ -103,19 +104,18 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     start["controls"] = _controls(pipe, control, controlnet, source if kept is None else kept.clean)
     on_inversion = start["controls"] if control_inversion else []
     _check_word(pipe, tuned, mask_word)  # before anything is inverted
-    cached = False
+    cached, chosen = False, no_inversion or depth is not None or guidance is not None
+    hows = [how if chosen else how.suited(tuned.provenance.caption, words) for words in wanted]
     if no_inversion:
-        how = how.replace(depth=1.0)
         start["latents"] = pipe.noise(source if isinstance(source, Clip) else recorded, seed or 0)
     elif kept:
         kept.check_made_with(pipe.inverted_with(on_inversion) | {"clip": source.fingerprint})
         start["inversion"] = kept
     else:
-        start["inversion"], cached = _invert(pipe, source, how.inverting, on_inversion, not no_cache)
+        deepest = max(hows, key=lambda own: own.depth)
+        start["inversion"], cached = _invert(pipe, source, deepest.inverting, on_inversion, not no_cache)
     if mask or mask_word:
         start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
-    chosen = no_inversion or depth is not None or guidance is not None
-    hows = [how if chosen else how.suited(tuned.provenance.caption, words) for words in wanted]
     with console.progress_bar("editing") as moved:
         start |= {"injection": injection, "batch_size": batch, "progress": moved}
         clips = _edited(pipe, wanted, hows, start)

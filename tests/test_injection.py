@@ -93,7 +93,7 @@ def test_afterwards_the_unet_is_as_it_was(pipe, inversion):
 def test_what_cannot_be_is_refused(pipe, inversion):
     with pytest.raises(TavError, match=r"features 1\.5: give a share"):
         Injection(0.5, 1.5)
-    with pytest.raises(TavError, match="into whole clips"):
+    with pytest.raises(TavError, match="in whole clips"):
         pipe("a man", inversion=inversion, injection=Injection(), window=2, overlap=1)
     with pytest.raises(TavError, match="comes from the inversion"):
         pipe("a man", latents=inversion.clean, injection=Injection())

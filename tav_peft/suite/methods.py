@@ -11,6 +11,7 @@ import torch
 from tav_peft.injection import Injection
 from tav_peft.inversion import Inversion, timestep_pairs
 from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.recipe import EditingSection
 from tav_peft.shapes import Latents
 from tav_peft.suite.temporal_start import TemporalStart
 from tav_peft.video.clip import Clip
@@ -22,7 +23,9 @@ _FRAMEWISE = ("model.attention=frame", "model.group_norm=frame")
 class Method:
     """A way to edit: the recipe's settings that differ, what sampling starts from, and how deep and how guided.
 
-    `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the recipe does.
+    `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the inversion is
+    full, as in the paper, and the guidance the recipe's. `automatic` takes both as `tav edit` does: the recipe's, by
+    what the prompt changes.
     `sampling` are further arguments of `pipe(prompt, …)`.
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
     ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
@@ -42,12 +45,16 @@ class Method:
     temporal: TemporalStart = "drawn"
     few: bool = False
     seeds: int = 1
+    automatic: bool = False
 
-    def of(self, kind: str, depth: float, guidance: float) -> tuple[float, float]:
-        """Give depth and guidance for a kind of edit, those of the recipe where the method says nothing."""
+    def of(self, kind: str, prompt: str, caption: str, how: EditingSection) -> tuple[float, float]:
+        """Give depth and guidance for an edit of this kind."""
+        if self.automatic:
+            how = how.suited(caption, prompt)
+            return how.depth, how.guidance_scale
         return (
-            self.depth.get(kind, self.depth.get("all", depth)),
-            self.guidance.get(kind, self.guidance.get("all", guidance)),
+            self.depth.get(kind, self.depth.get("all", 1.0)),
+            self.guidance.get(kind, self.guidance.get("all", how.guidance_scale)),
         )
 
 
@@ -55,9 +62,7 @@ _LONG = ("training.steps=600", "training.save_every=50")  # whose trail has the 
 METHODS: dict[str, Method] = {
     "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
     "full": Method("full method", seeds=3),
-    "by_kind": Method(
-        "full method, less depth for two changes", depth={"multiple": 0.55}, guidance={"multiple": 7.0}
-    ),
+    "automatic": Method("full method, depth and guidance as tav edit chooses them", automatic=True),
     "no_inversion": Method("without inversion", start="noise", seeds=3),
     "no_tuning": Method("without tuning", tuned=False),
     "no_st_attn": Method("without ST-Attn", ("model.attention=frame",), seeds=3),
@@ -97,7 +102,7 @@ METHODS: dict[str, Method] = {
     "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
     "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),
 }
-QUICK = ("ideal", "full", "by_kind", "no_inversion", "no_tuning", "no_st_attn", "per_frame")
+QUICK = ("ideal", "full", "automatic", "no_inversion", "no_tuning", "no_st_attn", "per_frame")
 
 
 def start_of(

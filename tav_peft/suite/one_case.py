@@ -84,7 +84,7 @@ def _edits(
     """Make, keep and score the edits of a case by a method."""
     method, case = METHODS[name], bench.case
     for kind, prompt in case.prompts.items():
-        depth, guidance = method.of(kind, how.depth, how.guidance_scale)
+        depth, guidance = method.of(kind, prompt, case.caption, how)
         depth = depth if start[0] else 1.0
         ideal = truth.asked_of(case.truth, prompt) if case.truth else None
         if method.start == "drawn" and ideal is None:

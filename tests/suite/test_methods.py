@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tav_peft.recipe import Recipe
 from tav_peft.suite.methods import METHODS, QUICK, Method, noised, start_of
 
 
@@ -11,11 +12,21 @@ def test_each_method_has_a_title_of_its_own_and_the_quick_ones_are_among_them():
     assert set(QUICK) <= set(METHODS)
 
 
-def test_depth_and_guidance_are_those_of_the_kind_of_all_or_of_the_recipe():
+def test_depth_and_guidance_are_those_of_the_kind_of_all_or_the_papers_way():
+    told, how = ("a fox on the moon", "a rabbit on grass"), Recipe.load("pocket").editing
     method = Method("m", depth={"multiple": 0.55}, guidance={"all": 7.0})
-    assert method.of("multiple", 1.0, 4.0) == (0.55, 7.0)
-    assert method.of("style", 1.0, 4.0) == (1.0, 7.0)
-    assert Method("plain").of("style", 0.9, 4.0) == (0.9, 4.0)
+    assert method.of("multiple", *told, how) == (0.55, 7.0)
+    assert method.of("style", *told, how) == (1.0, 7.0)
+    assert Method("plain").of("style", *told, how) == (1.0, how.guidance_scale)
+
+
+def test_automatic_depth_and_guidance_are_what_tav_edit_takes_for_the_prompt():
+    method, how = Method("m", automatic=True), Recipe.load("pocket").editing
+    one = method.of("object", "a fox on grass", "a rabbit on grass", how)
+    two = method.of("multiple", "a fox on the moon", "a rabbit on grass", how)
+    assert one == (how.depth, how.guidance_scale)
+    assert two == (how.two_changes.depth, how.two_changes.guidance_scale)
+    assert one != two
 
 
 def test_a_noised_clip_stands_at_each_timesteps_noise_level_with_one_noise(pipe, clip):
