@@ -16,10 +16,10 @@ def test_settings_are_the_adapters_unless_given(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a fox", *options.split())
     usual, given = library.edits
     numbers = ("guidance_scale", "num_inference_steps", "depth", "negative_prompt")
-    assert [usual[name] for name in numbers] == [4.0, 50, 0.65, ""]  # of the recipe pocket
+    assert [usual[name] for name in numbers] == [4.0, 50, 0.75, ""]  # of the recipe pocket
     assert [given[name] for name in numbers] == [7.0, 20, 0.55, "blur"]
     assert library.inversions == [
-        {"num_inference_steps": 50, "depth": 0.65, "method": "ddim", "iterations": 5},
+        {"num_inference_steps": 50, "depth": 0.75, "method": "ddim", "iterations": 5},
         {"num_inference_steps": 20, "depth": 0.55, "method": "ddim", "iterations": 5},
     ]
     assert library.attached == [1.0, 0.5]
@@ -244,7 +244,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5")
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
     assert steered == {
-        "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 0.65, "strength": 1.0,
+        "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 0.75, "strength": 1.0,
         "reuse_features": 1,
         "lora": ["style.safetensors=0.6"], "inject_attention": 0.5,
     }  # fmt: skip
@@ -275,14 +275,14 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
     assert made.stdout.split() == [f"a-edits/{name}.mp4" for name in
                                    ("a-panda-on-grass", "a-fox-on-the-moon", "a-rabbit-on-snow")]  # fmt: skip
     assert [(edit["prompts"], edit["depth"], edit["guidance_scale"]) for edit in library.edits] == [
-        (["a panda on grass", "a rabbit on snow"], 0.65, 4.0), (["a fox on the moon"], 0.55, 7.0),
+        (["a panda on grass", "a rabbit on snow"], 0.75, 4.0), (["a fox on the moon"], 0.55, 7.0),
     ]  # fmt: skip
     settings = Record.beside(Path("a-edits/a-fox-on-the-moon.mp4")).settings
     assert (settings["depth"], settings["guidance_scale"]) == (0.55, 7.0)
     for option in (["--depth", "0.9"], ["--guidance", "3"], ["--no-inversion"]):
         tav("edit", "a.safetensors", "--prompt", "a fox on the moon", *option, "--overwrite")
     assert [(edit["depth"], edit["guidance_scale"]) for edit in library.edits[2:]] == [
-        (0.9, 4.0), (0.65, 3.0), (1.0, 4.0),
+        (0.9, 4.0), (0.75, 3.0), (1.0, 4.0),
     ]  # fmt: skip
 
 
