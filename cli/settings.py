@@ -21,7 +21,7 @@ _RECIPE = (
     "else the one named like --preset, else paper."
 )
 RecipeName = Annotated[str | None, Option("--recipe", autocompletion=recipe_names, help=_RECIPE)]
-Clips = Annotated[list[Path], Argument(metavar="CLIP...", help="A video file, or several of one subject.")]
+Clips = Annotated[list[Path], Argument(metavar="CLIP", help="A video file, or several of one subject.")]
 Prompts = Annotated[
     list[str] | None,
     Option("--prompt", help="What the clip shows, once for each of several. Not given: the recipe's."),

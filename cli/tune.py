@@ -50,7 +50,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     ignore_memory: IgnoreMemory = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tune a base on one clip and write a small adapter; a stopped tuning goes on where it was."""
+    """Tune a base on one clip, or several of one subject, and write a small adapter; a stopped one goes on."""
     chosen = settings.settle(
         recipe, sets, base=base, prompt=prompt[0] if prompt else None, adapter__preset=preset, adapter__method=method,
         adapter__rank=rank, clip__frames=frames, clip__start=start, clip__stride=stride, clip__size=size,
