@@ -80,9 +80,10 @@ def frames_file(out: Path, variant: Variant, edit: Edit) -> Path:
     return out / "frames" / f"{stem(variant.title)}-{stem(edit.title)}.npy"
 
 
-def depth_of(variant: Variant, edit: Edit) -> float:
-    """Tell how deep an edit starts; noise is at the end."""
-    return edit.depth if variant.inversion else 1.0
+def sampled(variant: Variant, edit: Edit) -> tuple[float, float]:
+    """Give guidance and depth: the paper's full inversion for one change, less of it for two; noise is at the end."""
+    guidance, depth = (4.0, 1.0) if len(edit.changes) == 1 else (7.0, 0.55)
+    return guidance, depth if variant.inversion else 1.0
 
 
 def make(
@@ -98,9 +99,10 @@ def make(
     inversion = pipe.invert(clip, num_inference_steps=steps) if variant.inversion else None
     noise = None if variant.inversion else pipe.noise(clip)
     for edit in edits:
+        guidance, depth = sampled(variant, edit)
         made = pipe(
             truth.edited(**edit.changes).caption, inversion=inversion, latents=noise, num_inference_steps=steps,
-            guidance_scale=edit.guidance_scale, depth=depth_of(variant, edit), like=clip,
+            guidance_scale=guidance, depth=depth, like=clip,
         )  # fmt: skip
         yield edit, made.clips[0]
 
@@ -129,11 +131,10 @@ def measured(out: Path, clip: Clip, truth: PocketClip) -> list[dict]:
         for variant in VARIANTS:
             made = Clip(np.load(frames_file(out, variant, edit)), clip.fps)
             shown.append(Shown(variant.title, made))
-            motion = measure(made, ideal)
+            motion, (guidance, depth) = measure(made, ideal), sampled(variant, edit)
             figures = (motion.median, motion.right_object, motion.likeness, change(made, ideal.path))
             rows.append(
-                {"variant": variant.title, "edit": edit.title, "guidance": edit.guidance_scale,
-                 "depth": depth_of(variant, edit),
+                {"variant": variant.title, "edit": edit.title, "guidance": guidance, "depth": depth,
                  **{name: round(figure, 3) for name, figure in zip(MEASURES, figures, strict=True)}}
             )  # fmt: skip
         write_sheet(out / f"{stem(edit.title)}.png", shown)

@@ -14,7 +14,7 @@ from tav_peft.optimizing import TuningStep
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
 from tav_peft.pocket.motion import measure
-from tav_peft.recipe import Recipe
+from tav_peft.recipe import EditingSection, Recipe
 from tav_peft.reconstruction import reconstruct
 from tav_peft.report import Shown, write_sheet
 from tav_peft.report.folder import RECONSTRUCTION, report
@@ -28,21 +28,18 @@ Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One edit of the demo: what changes, and how it is sampled."""
+    """One edit of the demo, and what changes in it."""
 
     title: str
     changes: dict[str, str]
-    guidance_scale: float
-    depth: float
 
 
-# One change follows from a full inversion; two at once keep the motion from a lesser depth, with more guidance
 EDITS = {
     "rabbit-grass": (
-        Edit("another object", {"name": "panda"}, 4.0, 1.0),
-        Edit("another background", {"background": "beach"}, 4.0, 1.0),
-        Edit("another style", {"style": "cartoon"}, 4.0, 1.0),
-        Edit("object and background", {"name": "panda", "background": "snow"}, 7.0, 0.55),
+        Edit("another object", {"name": "panda"}),
+        Edit("another background", {"background": "beach"}),
+        Edit("another style", {"style": "cartoon"}),
+        Edit("object and background", {"name": "panda", "background": "snow"}),
     ),
 }
 
@@ -84,16 +81,17 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
     edits: list[dict[str, Any]] = []
     for edit in EDITS[name]:
         ideal = truth.edited(**edit.changes)
+        how = recipe.editing.suited(truth.caption, ideal.caption)
         with stage(edit.title) as update:
             (result,) = pipe(
                 ideal.caption,
                 inversion=inversion,
-                guidance_scale=edit.guidance_scale,
-                depth=edit.depth,
+                guidance_scale=how.guidance_scale,
+                depth=how.depth,
                 like=clip,
                 progress=update,
             ).clips
-        edits.append(_kept(folder, edit, ideal, result))
+        edits.append(_kept(folder, edit, how, ideal, result))
         shown.append(Shown(ideal.caption, result))
     took = time.perf_counter() - began
     facts = {"inversion": f"DDIM, {steps} steps, one for all edits", "time": f"{took:.0f} s"}
@@ -117,17 +115,16 @@ def _footage(name: str, folder: Path) -> Path:
     return folder / video.name
 
 
-def _kept(folder: Path, edit: Edit, ideal: PocketClip, result: Clip) -> dict[str, Any]:
+def _kept(folder: Path, edit: Edit, how: EditingSection, ideal: PocketClip, result: Clip) -> dict[str, Any]:
     """Write an edit's video and contact sheet, and measure it against the ideal edit."""
     stem = edit.title.replace(" ", "-")
     motion = measure(result, ideal)
-    settings = {"guidance_scale": edit.guidance_scale, "depth": edit.depth}
+    settings = {"guidance_scale": how.guidance_scale, "depth": how.depth}
     Record(ideal.caption, settings).write(folder / f"{stem}.mp4")
     return {
         "title": edit.title,
         "prompt": ideal.caption,
-        "guidance_scale": edit.guidance_scale,
-        "depth": edit.depth,
+        **settings,
         "clip": result.write(folder / f"{stem}.mp4", scale=4),
         "contact_sheet": result.write(folder / f"{stem}.png", scale=4),
         "motion_error": round(motion.median, 2),

@@ -46,8 +46,10 @@ def test_a_folder_with_a_demo_is_left_alone(made):
     assert made["report"].stat().st_mtime_ns == before
 
 
-def test_each_edit_is_sampled_as_the_recipe_has_it_for_its_prompt():
+def test_each_edit_is_sampled_as_the_recipe_has_it_for_its_prompt(made):
     truth = next(clip for clip in SHIPPED if clip.name == "rabbit-grass")
-    for edit in demo.EDITS["rabbit-grass"]:
-        own = Recipe.load("pocket").editing.suited(truth.caption, truth.edited(**edit.changes).caption)
-        assert (edit.depth, edit.guidance_scale) == (own.depth, own.guidance_scale)
+    how = Recipe.load("pocket").editing
+    for edit in made["edits"]:
+        own = how.suited(truth.caption, edit["prompt"])
+        assert (edit["depth"], edit["guidance_scale"]) == (own.depth, own.guidance_scale)
+    assert len({edit["depth"] for edit in made["edits"]}) == 2
