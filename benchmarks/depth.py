@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tav_peft.cli.suite import SETTINGS
 from tav_peft.injection import Injection
 from tav_peft.recipe import Recipe
 from tav_peft.suite.cases import KINDS
@@ -68,18 +69,17 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    recipe = Recipe.load("pocket").override(["editing.num_inference_steps=25"])
+    recipe = Recipe.load("pocket").override(SETTINGS)
     cases = pocket_cases()
-    suite = Suite(
-        cases[:: len(cases) // options.clips], ("ideal", *CELLS), recipe
-    )  # spread over all there are
+    spread = cases[:: len(cases) // options.clips]
+    suite = Suite(spread, ("ideal", *CELLS), recipe)
     rows = run(suite, options.folder, jobs=options.jobs, progress=lambda *told: print(*told, flush=True))
     ideals = {
         (row["clip"], row["kind"]): row["scores"]["recognised_object"]["value"]
         for row in rows
         if row["method"] == "ideal"
     }
-    text = [f"**{kind}**, {len(suite.cases)} clips\n\n{table(rows, kind, ideals)}\n" for kind in KINDS]
+    text = [f"**{kind}**, {len(spread)} clips\n\n{table(rows, kind, ideals)}\n" for kind in KINDS]
     options.output.write_text("\n".join(text), encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from tav_peft.formats import inflated
 from tav_peft.unet.inflation import InflatedUNet
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class BaseLoading(DiffusionPipeline):  # type: ignore[misc]

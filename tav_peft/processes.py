@@ -28,10 +28,10 @@ def sum_over_processes(accelerator: Accelerator, gradients: Sequence[Tensor | No
     """Put the sum over all processes in the place of each gradient, in one exchange; return the sum of the values."""
     own = [gradient for gradient in gradients if gradient is not None]
     flat = torch.cat([*(gradient.flatten() for gradient in own), own[0].new_tensor([value])])
-    summed = accelerator.reduce(flat, "sum").split([*(gradient.numel() for gradient in own), 1])
-    for gradient, part in zip(own, summed, strict=False):  # the last is the value
+    *summed, total = accelerator.reduce(flat, "sum").split([*(gradient.numel() for gradient in own), 1])
+    for gradient, part in zip(own, summed, strict=True):
         gradient.copy_(part.view_as(gradient))
-    return float(summed[-1])
+    return float(total)
 
 
 def of_the_first(probe: StepProbe) -> StepProbe:

@@ -324,9 +324,8 @@ def make_adapter(_loaded) -> Callable[..., Adapter]:
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
     """Run a command, or code, in a fork of a process that has imported everything; see `forking.py`."""
-    safe = ["-P"] if sys.version_info >= (3, 11) else []
     process = subprocess.Popen(
-        [sys.executable, *safe, str(Path(__file__).with_name("forking.py"))],
+        [sys.executable, "-P", str(Path(__file__).with_name("forking.py"))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path_factory.mktemp("forking"),
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400", "NO_COLOR": "1"},
     )  # fmt: skip

@@ -3,10 +3,10 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -110,9 +110,8 @@ for name in names:
     importlib.import_module(name)
 print(len(names), [each for each in seen if "ldconfig" not in each[1] and "gcc" not in each[1]])
 """
-    safe = ["-P"] if sys.version_info >= (3, 11) else []
     done = subprocess.run(
-        [sys.executable, *safe, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     count, seen = done.stdout.split(maxsplit=1)

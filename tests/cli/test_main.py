@@ -28,8 +28,7 @@ HEAVY = (
 
 def python(code: str, folder, *arguments: str) -> subprocess.CompletedProcess[str]:
     # -P, and another folder: the installed package is meant, not the tree around the tests
-    safe = ["-P"] if sys.version_info >= (3, 11) else []
-    line = [sys.executable, *safe, "-c", code, *arguments]
+    line = [sys.executable, "-P", "-c", code, *arguments]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
 
 

@@ -82,8 +82,7 @@ def _shard(base, folder):
 
 def run_lies(sources, cases, seed, *kinds):
     script = Path(lies.__file__)
-    safe = ["-P"] if sys.version_info >= (3, 11) else []
-    line = [sys.executable, *safe, str(script), str(sources), str(cases), str(seed), *kinds]
+    line = [sys.executable, "-P", str(script), str(sources), str(cases), str(seed), *kinds]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, cwd=sources, env=environment)
     assert done.returncode == 0
