@@ -29,6 +29,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     guidance: Annotated[float | None, Option(help="How strongly the prompt pulls, from 1.")] = None,
     guidance_interval: steering.GuidanceInterval = None,
     reuse_features: steering.ReuseFeatures = None,
+    merge_tokens: steering.MergeTokens = None,
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
@@ -83,6 +84,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     given = {
         "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap,
         "guidance_interval": steering.read_interval(guidance_interval), "reuse_features": reuse_features,
+        "merge_tokens": merge_tokens,
     }  # fmt: skip
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)

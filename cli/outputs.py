@@ -53,7 +53,11 @@ def write_edit(clip: "Clip", prompt: str, path: Path, settings: Mapping[str, Any
     scale, sheet = max(1, SEEN_WELL // clip.width), path.with_suffix(".png")
     clip.write(path, scale=scale)
     clip.write(sheet, scale=scale)
-    said = {name: value for name, value in settings.items() if value not in (None, "", False, [])}
+    said = {
+        name: value
+        for name, value in settings.items()
+        if not (value is None or value is False or value in ("", []))
+    }
     Record(prompt, {name: _plain(value) for name, value in said.items()}).write(path)
     return {"prompt": prompt, "clip": str(path), "contact_sheet": str(sheet)}
 

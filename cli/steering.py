@@ -50,6 +50,13 @@ ReuseFeatures = Annotated[
         "--reuse-features", min=1, help="Compute the UNet's deep blocks at every so many steps only; faster."
     ),
 ]
+MergeTokens = Annotated[
+    float | None,
+    Option(
+        "--merge-tokens",
+        help="See this share of the positions as one with others like them, to 0.75; faster for large frames.",
+    ),
+]
 InjectAttention = Annotated[
     float | None,
     Option(

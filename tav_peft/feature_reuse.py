@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TavError
+from tav_peft.other_forward import other_forward
 from tav_peft.shapes import Latents
 from tav_peft.unet.inflation import InflatedUNet
 
@@ -63,9 +64,6 @@ class FeatureReuse:
         """Give what the deep blocks gave last, without computing it."""
         with contextlib.ExitStack() as stack:
             for block in self._deep:
-                own = vars(block).get("forward")  # a library may have put its own there, to offload
-                stack.callback(setattr, block, "forward", own) if own else stack.callback(
-                    delattr, block, "forward"
-                )
-                block.forward = lambda *_, block=block, **__: self._kept[block]
+                again = lambda *_, block=block, **__: self._kept[block]  # noqa: E731
+                stack.enter_context(other_forward(block, again))
             yield

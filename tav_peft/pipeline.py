@@ -27,6 +27,7 @@ from tav_peft.masks import KeptSource
 from tav_peft.recipe import InversionMethod
 from tav_peft.sampling import Sampling
 from tav_peft.shapes import Latents
+from tav_peft.token_merging import TokenMerging
 from tav_peft.unet.inflation import InflatedUNet, inflate
 from tav_peft.video.clip import Clip
 from tav_peft.windows import OVERLAP, Windows
@@ -255,6 +256,7 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         overlap: int = OVERLAP,
         injection: Injection | None = None,
         reuse_features: int = 1,
+        merge_tokens: float = 0.0,
         batch_size: int = 1,
         generator: torch.Generator | None = None,
         like: Clip | None = None,
@@ -267,7 +269,8 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         noise end, less keeps more of the source. `guidance_interval` are the shares of the steps from which and up to
         which guidance acts; the others take half as long. `num_inference_steps` defaults to the inversion's. `controls`
         steer the sampling. Where `mask` (see `masks`) is 0 the source stays; `injection` keeps its layout by its own
-        features. With `reuse_features` the deep blocks are computed at every so many steps only. `window` and `overlap`
+        features. With `reuse_features` the deep blocks are computed at every so many steps only, and `merge_tokens` of
+        ST-Attn's positions are seen as one with others. `window` and `overlap`
         are as in `invert`. As many as `batch_size` prompts are sampled at a time, which
         costs memory and changes a result by rounding only. `like` lends frame rate and sound to the results; without it
         `fps` is their frame rate, by default the inversion's, or 8. `generator` only matters to schedulers that add
@@ -288,8 +291,9 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         start, inverted = self._start(inversion, latents, steps, depth)
         told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
         streams = None if generator is None else _streams(generator, len(prompts))
-        predict = self._predictor(injection, inversion, start, reuse_features)
-        if predict != self.predict and window is not None and window < start.shape[2]:
+        predict = self._predictor(injection, inversion, start, reuse_features, merge_tokens)
+        whole = injection is not None or reuse_features != 1
+        if whole and window is not None and window < start.shape[2]:
             raise TavError(
                 "Features are injected and reused in whole clips. Give no window, or neither of them."
             )
@@ -361,14 +365,20 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         return KeptSource.of(mask, inversion, self.timesteps(inversion.num_inference_steps), start)
 
     def _predictor(
-        self, injection: Injection | None, inversion: Inversion | None, start: Latents, reuse: int
+        self,
+        injection: Injection | None,
+        inversion: Inversion | None,
+        start: Latents,
+        reuse: int,
+        merge: float,
     ) -> Callable[..., Latents]:
-        if reuse != 1 and injection is not None:
-            raise TavError("Features that are reused cannot be injected into. Give one of the two.")
-        if reuse != 1:
-            return FeatureReuse(self.unet, self.predict, reuse)
         if injection is None:
-            return self.predict
+            predict = TokenMerging(self.unet, self.predict, merge) if merge else self.predict
+            return FeatureReuse(self.unet, predict, reuse) if reuse != 1 else predict
+        if reuse != 1 or merge:
+            raise TavError(
+                "Features that are reused or merged cannot be injected into. Give injection or the others."
+            )
         if inversion is None:
             raise TavError("What is injected comes from the inversion. Give an inversion, or no injection.")
         timesteps = self.timesteps(inversion.num_inference_steps)

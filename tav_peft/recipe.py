@@ -172,7 +172,7 @@ class EditingSection(_Frozen):
     `inversion_iterations`, the most UNet passes in one step of the inversion, matters to fixed_point only. A clip of more
     frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`). `two_changes` is
     for prompts that say two new things or more. Guidance acts in the shares `guidance_interval` of the steps. The
-    UNet's deep blocks are computed at every `reuse_features`-th step.
+    UNet's deep blocks are computed at every `reuse_features`-th step, and `merge_tokens` of ST-Attn's positions merged.
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -186,6 +186,7 @@ class EditingSection(_Frozen):
     two_changes: Resampling | None = None
     guidance_interval: Annotated[tuple[_Share, _Share], BeforeValidator(_interval)] = (0.0, 1.0)
     reuse_features: Annotated[int, Field(ge=1)] = 1
+    merge_tokens: Annotated[_Number, Field(ge=0, le=0.75)] = 0.0
 
     def suited(self, caption: str, prompt: str) -> "EditingSection":
         """Return these settings for a prompt: with those of `two_changes` where it says two new things or more."""

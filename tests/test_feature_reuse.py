@@ -66,7 +66,7 @@ def test_another_number_of_rows_computes_everything(pipe, inversion, computed):
 def test_what_cannot_go_together_is_refused(pipe, inversion):
     for options, said in (
         ({"reuse_features": 0}, "reuse_features 0: give 1"),
-        ({"reuse_features": 2, "injection": Injection()}, "Give one of the two"),
+        ({"reuse_features": 2, "injection": Injection()}, "Give injection or the others"),
         ({"reuse_features": 2, "window": 2, "overlap": 1}, "Give no window"),
     ):
         with pytest.raises(TavError, match=said):

@@ -22,7 +22,7 @@ LAYERS = (
     ("objective",),
     ("pipeline",),
     ("loading", "base_loading", "sampling", "windows"),
-    ("control.steering", "masks", "injection", "feature_reuse"),
+    ("control.steering", "masks", "injection", "feature_reuse", "token_merging"),
     ("optimizing",),
     ("processes",),
     ("formats", "unet.trainable", "trail", "sources", "image_loras"),
@@ -61,7 +61,7 @@ LAYERS = (
         "bases.ldm_keys",
         "bases.prediction_type",
     ),
-    ("errors", "changes", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
+    ("errors", "changes", "other_forward", "unet.philox", "pocket", "sharing", "unet", "video", "control"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -198,9 +198,15 @@ _OPTIONS = {"guidance_scale": "guidance", "num_inference_steps": "steps"} | {
     name: name.replace("_", "-")
     for name in (
         "depth", "negative_prompt", "strength", "window", "overlap", "lora", "textual_inversion", "control", "controlnet",
-        "control_inversion", "guidance_interval", "mask", "mask_word", "inject_attention", "inject_features", "seed",
+        "control_inversion", "guidance_interval", "reuse_features", "merge_tokens", "mask", "mask_word",
+        "inject_attention", "inject_features", "seed",
     )
 }  # fmt: skip
+_USUAL = {
+    "guidance_interval": [0, 1],
+    "reuse_features": 1,
+    "merge_tokens": 0,
+}  # what an edit without the option has
 
 
 def _options(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -210,10 +216,12 @@ def _options(settings: Mapping[str, Any]) -> Iterator[str]:
         settings = {name: value for name, value in settings.items() if name != "depth"}
     for name in [name for name in settings if name in _OPTIONS]:
         value, option = settings[name], f"--{_OPTIONS[name]}"
+        if _USUAL.get(name) == value:
+            continue
         if name == "guidance_interval" and isinstance(value, (list, tuple)):
-            value = "" if tuple(value) == (0, 1) else "-".join(map(str, value))
+            value = "-".join(map(str, value))
         if value is True:
             yield option
-        elif value not in (None, "", False):
+        elif value is not None and value is not False and value != "":
             for each in value if isinstance(value, list) else [value]:
                 yield f"{option} {shlex.quote(str(each))}"

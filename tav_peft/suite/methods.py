@@ -98,6 +98,7 @@ METHODS: dict[str, Method] = {
         )
         for every, word in ((2, "second"), (3, "third"))
     },
+    "merge_50": Method("half of the positions merged", sampling={"merge_tokens": 0.5}, few=True),
     "full_attention": Method("full attention between frames", ("model.attention=full",), few=True),
     "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
     "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),

@@ -55,6 +55,17 @@ def test_it_says_how_to_make_it_again(folder):
     assert "demo again" in text_of(folder, command="demo again")
 
 
+def test_only_what_an_edit_had_otherwise_is_said(folder):
+    usual = {"guidance_interval": [0.0, 1.0], "reuse_features": 1, "merge_tokens": 0.0}
+    Record(SNOW, usual | {"strength": 0.0}).write(folder / "snow.gif")
+    assert f"--prompt '{SNOW}' --strength 0.0 -o snow.gif" in text_of(folder)
+    Record(SNOW, {"guidance_interval": [0.0, 0.6], "reuse_features": 2, "merge_tokens": 0.5}).write(
+        folder / "snow.gif"
+    )
+    said = "--guidance-interval 0.0-0.6 --reuse-features 2 --merge-tokens 0.5"
+    assert f"--prompt '{SNOW}' {said} -o snow.gif" in text_of(folder)
+
+
 def test_a_reconstruction_is_shown_with_its_psnr(folder):
     SHIPPED[0].edited(style="cartoon").render().write(folder / "reconstruction.mp4", scale=4)
     assert re.search(r"inverted and sampled back<small>PSNR to the clip \d\d\.\d dB", text_of(folder))
