@@ -33,7 +33,8 @@ from tav_peft.windows import Windows
 
 SIZE, OVERLAPS = 8, (1, 2, 4, 6)
 COLUMNS = (
-    "clip", "edit", "frames", "window", "overlap", "psnr_to_single", "seam", "ideal_psnr", "motion_error_px", "cpu_s",
+    "clip", "edit", "frames", "window", "overlap", "psnr_to_single", "seam", "change", "ideal_psnr",
+    "motion_error_px", "cpu_s",
 )  # fmt: skip
 
 
@@ -45,10 +46,11 @@ def longer(clip: PocketClip, frames: int) -> PocketClip:
     return dataclasses.replace(clip, path=tuple((float(a), float(b)) for a, b in path))
 
 
-def seam(edit: Clip, single: Clip, windows: Windows) -> float:
-    """How much more changes from a frame to the next where a window begins or ends than elsewhere.
+def seam(edit: Clip, single: Clip, windows: Windows) -> tuple[float, float]:
+    """How much more changes from a frame to the next where a window begins or ends than elsewhere, and how much in all.
 
-    Each change is held against that of the single window's edit at the same place; 1 is no seam.
+    Each change is held against that of the single window's edit at the same place; 1 is no seam. The borders are those
+    of windows that are not shifted.
     """
     ends = {run[edge] for run, _ in windows.of(edit.frames) for edge in (1, -1)}
     borders = {i for i in range(edit.frames - 1) if i in ends or i + 1 in ends} - {0, edit.frames - 2}
@@ -58,7 +60,7 @@ def seam(edit: Clip, single: Clip, windows: Windows) -> float:
 
     ratio = [change(edit, i) / change(single, i) for i in range(edit.frames - 1)]
     elsewhere = [each for i, each in enumerate(ratio) if i not in borders]
-    return float(np.mean([ratio[i] for i in borders]) / np.mean(elsewhere))
+    return float(np.mean([ratio[i] for i in borders]) / np.mean(elsewhere)), float(np.mean(ratio))
 
 
 def rows(pipe: TuneAVideoPipeline, name: str, frames: int, recipe: Recipe) -> Iterator[tuple[Any, ...]]:
@@ -81,9 +83,9 @@ def rows(pipe: TuneAVideoPipeline, name: str, frames: int, recipe: Recipe) -> It
             assert ideal is not None
             first = single.setdefault(kind, edit)
             figures = (
-                ("", "")
+                ("", "", "")
                 if overlap is None
-                else (psnr(edit, first), seam(edit, first, Windows(SIZE, overlap)))
+                else (psnr(edit, first), *seam(edit, first, Windows(SIZE, overlap)))
             )
             numbers = (*figures, psnr(edit, ideal.render()), measure(edit, ideal).median)
             rounded = [round(each, 2) if isinstance(each, float) else each for each in numbers]

@@ -14,6 +14,7 @@ from tav_peft.errors import TavError
 from tav_peft.shapes import Latents
 
 OVERLAP = 4
+_GOLDEN = (5**0.5 - 1) / 2  # whose multiples are spread evenly over [0, 1) whatever the step between them
 
 
 class Window(NamedTuple):
@@ -29,6 +30,7 @@ class Windows:
 
     Neighbouring runs share `overlap` frames, over which the weight goes from one to the other (Bar-Tal et al. 2023,
     eq. 5; Qiu et al. 2024, section 3.3). A run's first frame, whose former one the UNet does not see, has the least.
+    Where runs begin changes with the timestep, so that no frame is a border in every step.
 
     Raises:
         TavError: when windows do not leave room for the anchor, a frame of their own, and the overlap.
@@ -45,13 +47,17 @@ class Windows:
                 "at least 2 frames more than it, of which one is the clip's first."
             )
 
-    def of(self, frames: int) -> list[Window]:
-        """List the windows of a clip; a clip that fits into one has one, where every frame counts in full."""
+    def of(self, frames: int, shift: int = 0) -> list[Window]:
+        """List the windows of a clip; a clip that fits into one has one, where every frame counts in full.
+
+        All runs but the first and the last begin `shift` frames later.
+        """
         if frames <= self.size:
             return [Window(list(range(frames)), [1.0] * frames)]
         run = self.size - 1
         last = frames - run
-        starts = [*range(1, last, run - self.overlap), last]
+        starts = [1, *range(1 + (shift % self._stride or self._stride), last, self._stride), last]
+        starts = list(dict.fromkeys(starts))
         windows = []
         for number, start in enumerate(starts):
             end = start + run
@@ -71,9 +77,9 @@ class Windows:
     ) -> Latents:
         """Predict a window at a time by `predict`, and average; `residuals` are for all frames, folded."""
         frames = latents.shape[2]
-        windows = self.of(frames)
-        if len(windows) == 1:
+        if frames <= self.size:
             return predict(latents, timestep, conditions, **residuals)
+        windows = self.of(frames, self.shift(int(timestep)))
         total = torch.zeros_like(latents, dtype=torch.float32)
         counted = torch.zeros(frames, device=latents.device)
         for seen, weights in windows:
@@ -84,6 +90,14 @@ class Windows:
             total.index_add_(2, index, output.float() * weight[:, None, None])
             counted.index_add_(0, index, weight)
         return (total / counted[:, None, None]).to(latents.dtype)
+
+    @property
+    def _stride(self) -> int:
+        return self.size - 1 - self.overlap
+
+    def shift(self, timestep: int) -> int:
+        """Give the shift of a timestep: one that neighbouring timesteps do not share, and an inversion and an edit do."""
+        return int(timestep * _GOLDEN % 1 * self._stride)
 
 
 def drawn_window(frames: int, size: int, generator: torch.Generator) -> list[int]:

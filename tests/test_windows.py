@@ -40,10 +40,11 @@ def lengths(pipe, monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize(("size", "overlap"), SIZES)
-def test_a_window_is_the_first_frame_and_a_run_and_all_frames_are_in_one(size, overlap):
+def test_a_window_is_the_first_frame_and_a_run_and_all_frames_are_in_one(size, overlap, shift):
     for frames in range(1, 80):
-        windows = Windows(size, overlap).of(frames)
+        windows = Windows(size, overlap).of(frames, shift)
         assert {frame for window in windows for frame in window.frames} == set(range(frames))
         for frames_seen, weights in windows:
             assert len(frames_seen) == len(weights) == min(size, frames)
@@ -62,6 +63,19 @@ def test_where_two_windows_overlap_the_weight_goes_from_one_to_the_other():
     assert first.weights[5:] == pytest.approx([0.75, 0.5, 0.25])
     assert second.weights[1:4] == pytest.approx([0.25, 0.5, 0.75])
     assert first.weights[:5] == [1.0] * 5
+
+
+def test_a_shift_moves_all_borders_but_those_of_the_clip():
+    starts = [[window.frames[1] for window in Windows(8, 3).of(24, shift)] for shift in range(5)]
+    assert starts == [[1, 5, 9, 13, 17], [1, 2, 6, 10, 14, 17], [1, 3, 7, 11, 15, 17], [1, 4, 8, 12, 16, 17],
+                      [1, 5, 9, 13, 17]]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [20, 25, 50])
+def test_borders_move_from_step_to_step_and_every_shift_comes_as_often(pipe, steps):
+    shifts = [Windows(8, 2).shift(timestep) for timestep in pipe.timesteps(steps)]
+    assert {shifts.count(shift) for shift in range(5)} <= {steps // 5 - 1, steps // 5, steps // 5 + 1}
+    assert max(len(list(same)) for _, same in itertools.groupby(shifts)) <= 2
 
 
 def test_a_clip_that_fits_goes_through_the_unet_as_it_is(pipe, clip):
@@ -98,10 +112,12 @@ def test_inversion_and_edits_see_a_window_at_a_time(pipe, long_clip, lengths):
 
 def test_a_first_window_predicts_as_a_clip_of_its_own(pipe, noise):
     latents, told = noise(1, 4, 8, 8, 8), pipe.encode_prompts(["a man"])
+    timestep = 301
+    assert Windows(5, 1).shift(timestep) == 0
     with torch.no_grad():
-        windowed = Windows(5, 1).predict(pipe.predict, latents, 300, told)
-        alone = pipe.predict(latents[:, :, :5], 300, told)
-        behind = pipe.predict(latents[:, :, [0, 4, 5, 6, 7]], 300, told)
+        windowed = Windows(5, 1).predict(pipe.predict, latents, timestep, told)
+        alone = pipe.predict(latents[:, :, :5], timestep, told)
+        behind = pipe.predict(latents[:, :, [0, 4, 5, 6, 7]], timestep, told)
     torch.testing.assert_close(windowed[:, :, :4], alone[:, :, :4])
     torch.testing.assert_close(windowed[:, :, 5:], behind[:, :, 2:])
 

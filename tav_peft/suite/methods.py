@@ -58,6 +58,13 @@ class Method:
         )
 
 
+def _lite(title: str, method: str, rank: int, rate: str, **how: Any) -> Method:
+    """Give a row without dense weights, at the rate that `benchmarks/peft_learning_rates.py` found for the method."""
+    lora = [] if method == "lora" else [f"adapter.method={method}"]
+    settings = ("adapter.preset=lite", *lora, f"adapter.rank={rank}", f"training.lr={rate}")
+    return Method(f"{title}, rank {rank}", settings, **how)
+
+
 _LONG = ("training.steps=600", "training.save_every=50")  # whose trail has the shorter ones
 METHODS: dict[str, Method] = {
     "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
@@ -68,7 +75,7 @@ METHODS: dict[str, Method] = {
     "no_st_attn": Method("without ST-Attn", ("model.attention=frame",), seeds=3),
     "per_frame": Method("image model frame by frame, same inversion", _FRAMEWISE, tuned=False),
     "sdedit_70": Method("SDEdit at 0.7", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.7}),
-    "lite_4": Method("preset lite, rank 4", ("adapter.preset=lite", "adapter.rank=4")),
+    "lite_4": _lite("preset lite", "lora", 4, "1e-2"),
     "sdedit_50": Method(
         "SDEdit at 0.5", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.5}, few=True
     ),
@@ -81,8 +88,24 @@ METHODS: dict[str, Method] = {
     "full_injected": Method("full method with feature injection", injection=Injection(), few=True),
     "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",), few=True),
     "paper": Method("preset paper", ("adapter.preset=paper",), few=True),
-    "lite_1": Method("preset lite, rank 1", ("adapter.preset=lite", "adapter.rank=1"), few=True),
-    "lite_16": Method("preset lite, rank 16", ("adapter.preset=lite", "adapter.rank=16"), few=True),
+    "lite_1": _lite("preset lite", "lora", 1, "1e-2", few=True),
+    "lite_16": _lite("preset lite", "lora", 16, "1e-2", few=True),
+    "lite_4_slow": _lite("preset lite, a tenth of the rate", "lora", 4, "1e-3", few=True),
+    "rslora_4": _lite("rsLoRA", "rslora", 4, "1e-2", few=True),
+    "lokr_1": _lite("LoKr", "lokr", 1, "1e-2", few=True),
+    "loha_1": _lite("LoHa", "loha", 1, "1e-2", few=True),
+    "miss_1": _lite("MiSS", "miss", 1, "1e-2", few=True),
+    "vera_1": _lite("VeRA", "vera", 1, "1e-2", few=True),
+    "fourierft_1": _lite("FourierFT", "fourierft", 1, "3e-2", few=True),
+    "fourierft_4": _lite("FourierFT", "fourierft", 4, "3e-2", few=True),
+    **{
+        f"{method}_{rank}": Method(
+            f"preset hybrid, {title}, rank {rank}",
+            (f"adapter.method={method}", f"adapter.rank={rank}"),
+            few=True,
+        )
+        for title, method, rank in (("DoRA", "dora", 4), ("OFT", "oft", 4), ("HRA", "hra", 2))
+    },
     **{
         f"steps_{step}": Method(f"{step} steps", _LONG, step=step, few=True)
         for step in (50, 100, 300, 400, 600)

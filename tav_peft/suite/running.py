@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from tav_peft.errors import TavError
+from tav_peft.recipe import Recipe
 from tav_peft.suite.cases import Case
 from tav_peft.suite.one_case import run_case
 from tav_peft.suite.rows import Suite, read_rows, rows_done, rows_left
@@ -76,5 +78,12 @@ def _keep_settings(suite: Suite, out: Path) -> None:
     if not file.exists():
         with whole(file, TavError) as part:
             part.write_text(json.dumps(own, indent=1))
-    elif json.loads(file.read_text()) != json.loads(json.dumps(own)):
+    elif _as_now(json.loads(file.read_text())) != json.loads(json.dumps(own)):
         raise TavError(f"{out} holds a suite with another base, recipe or model. Choose another folder.")
+
+
+def _as_now(kept: dict[str, Any]) -> dict[str, Any]:
+    """Give the settings of a suite with a recipe that has all that recipes have now, which it did without."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return kept | {"recipe": Recipe.model_validate(kept["recipe"]).model_dump(mode="json")}
+    return kept

@@ -99,6 +99,14 @@ def test_a_folder_of_other_settings_is_refused(suite, again):
         run(other, again)
 
 
+def test_a_suite_from_before_recipes_had_a_setting_goes_on(suite, ran, again, monkeypatch):
+    told = json.loads((again / "suite.json").read_text())
+    del told["recipe"]["editing"]["merge_tokens"]
+    (again / "suite.json").write_text(json.dumps(told))
+    monkeypatch.setattr(one_case, "TuneAVideoPipeline", None)  # nothing is loaded
+    assert run(suite, again) == ran[1]
+
+
 def test_some_methods_are_made_on_a_few_clips_only_and_others_there_with_seeds_of_their_own(suite):
     few = dataclasses.replace(suite, methods=("full", "sdedit_50", "no_tuning"), few=["two"])
     assert [(case.name, method, seed) for case, method, seed in few.rows()] == [
