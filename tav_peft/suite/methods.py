@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
     "lokr_1": _lite("LoKr", "lokr", 1, "1e-2", few=True),
     "loha_1": _lite("LoHa", "loha", 1, "1e-2", few=True),
     "miss_1": _lite("MiSS", "miss", 1, "1e-2", few=True),
-    "vera_1": _lite("VeRA", "vera", 1, "1e-2", few=True),
+    "vera_1": _lite("VeRA", "vera", 1, "3e-2", few=True),
     "fourierft_1": _lite("FourierFT", "fourierft", 1, "3e-2", few=True),
     "fourierft_4": _lite("FourierFT", "fourierft", 4, "3e-2", few=True),
     **{
