@@ -9,7 +9,7 @@ from typer import Option
 from tav_peft.cli import console, options
 
 SETTINGS = ("editing.num_inference_steps=25",)
-QUICK_SETTINGS = ("training.steps=60", "editing.num_inference_steps=20")
+QUICK_SETTINGS = ("training.steps=50", "editing.num_inference_steps=15")
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)

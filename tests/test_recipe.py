@@ -71,7 +71,7 @@ def complaint(tmp_path: Path, text: str) -> str:
 
 
 def test_the_shipped_recipes_are_these():
-    others = {"paper", "hybrid", "lite", "pocket", "small-gpu"}
+    others = {"paper", "hybrid", "lite", "pocket", "pocket-lite", "small-gpu"}
     assert set(shipped()) == others | set(ORIGINALS)
     assert shipped() == sorted(shipped())
 
