@@ -1,121 +1,108 @@
-"""Which step early stopping picks on pocket's clips, against what the true measures say of every step it could pick.
+"""Which step early stopping would pick on pocket's clips, against what the suite's scores say of each step.
 
-python benchmarks/early_stopping.py work/early-stopping benchmarks/results/early_stopping.csv
+    python benchmarks/early_stopping.py work/suite benchmarks/results/early_stopping.csv
 
-Each clip is tuned with early stopping that never ends it. Every step's adapter is edited with, and the edits are held
-against the drawn ideal; what is there already is not made again. The last lines compare the pick with the last step,
-with the step that a recipe without early stopping would take, and with the best that could have been picked.
+Reads the trails of 600 steps and the rows of steps that `tav suite -o work/suite` has left, and probes the adapters of
+those steps as a tuning with early stopping would: with the empty prompt, which is all that a recipe without `edits` has,
+and with the prompts of the edits. A row is a step of a clip; scores are over its edits of object, background and both.
+The last lines say what the picked step, the recipe's and the last one reach, and the best by PSNR to the ideal edit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tav_peft.adapter import Adapter
+from tav_peft.early_stopping import Watch
 from tav_peft.pipeline import TuneAVideoPipeline
-from tav_peft.pocket import truth
 from tav_peft.recipe import Recipe
-from tav_peft.scoring.on_pocket import pocket_scores
 from tav_peft.suite.cases import Case
-from tav_peft.suite.pocket_cases import QUICK, pocket_cases
+from tav_peft.suite.pocket_cases import pocket_cases
 from tav_peft.trail import Trail
-from tav_peft.tuning import tune
 
+USUAL, LAST = (
+    200,
+    600,
+)  # what the recipe takes, whose row is that of the full method, and where the trail ends
+ROWS = {
+    50: "steps_50",
+    100: "steps_100",
+    USUAL: "full",
+    300: "steps_300",
+    400: "steps_400",
+    LAST: "steps_600",
+}
 KINDS = ("object", "background", "multiple")
-SCORES = ("motion_error", "right_object", "ideal_psnr")
-COLUMNS = ("clip", "step", "kept", "reconstruction", "response", *SCORES)
+SCORES = ("motion_error", "recognised_object", "ideal_psnr")
+GAINS = ("gain_empty_prompt", "gain_edits")
+COLUMNS = ("clip", "step", *GAINS, *SCORES)
 
 
-def scores_of(pipe: TuneAVideoPipeline, case: Case, adapter: Path, steps: int) -> dict[str, float]:
-    """Edit a case with an adapter and average each true score over the kinds of edit."""
-    assert case.truth is not None
-    pipe.load_adapter(adapter, "probed")
-    inversion = pipe.invert(case.clip(), num_inference_steps=steps)
-    prompts = [case.prompts[kind] for kind in KINDS]
-    edits = pipe(prompts, inversion=inversion, guidance_scale=4, batch_size=len(prompts)).clips
-    pipe.unload_adapter("probed")
-    found: dict[str, list[float]] = {name: [] for name in SCORES}
-    for edit, prompt in zip(edits, prompts, strict=True):
-        ideal = truth.asked_of(case.truth, prompt)
-        assert ideal is not None
-        for score in pocket_scores(edit, ideal):
-            if score.name in found:
-                found[score.name].append(score.value)
-    return {name: round(statistics.mean(values), 3) for name, values in found.items()}
+def rows(pipe: TuneAVideoPipeline, case: Case, folder: Path) -> Iterator[dict[str, Any]]:
+    """Probe a case's steps and average their scores; nothing where the suite has not made them."""
+    tuned = (
+        folder
+        / "adapters"
+        / case.group
+        / case.name
+        / "training.steps=600_training.save_every=50-0.safetensors"
+    )
+    files = {step: folder / "rows" / case.group / case.name / f"{row}-0.json" for step, row in ROWS.items()}
+    if not all(file.exists() for file in (tuned, *files.values())):
+        return
+    recipe, (mean, _) = Recipe.load("pocket"), pipe.encode_moments(case.clip())
+    edits = recipe.model_copy(update={"edits": tuple(case.prompts[kind] for kind in KINDS)})
+    watches = [Watch(pipe, contextlib.nullcontext, mean, case.caption, each) for each in (recipe, edits)]
+    for step, file in files.items():
+        pipe.load_adapter(tuned if step == LAST else Trail(tuned).at_step(step), "probed")
+        gains = [round(watch.measure(step).gain, 4) for watch in watches]
+        pipe.unload_adapter("probed")
+        scored = [row["scores"] for row in json.loads(file.read_text()) if row["kind"] in KINDS]
+        means = [round(statistics.mean(each[name]["value"] for each in scored), 2) for name in SCORES]
+        yield dict(zip(COLUMNS, (case.name, step, *gains, *means), strict=True))
 
 
-def rows(pipe: TuneAVideoPipeline, case: Case, recipe: Recipe, out: Path, steps: int) -> list[dict[str, Any]]:
-    """Tune a case unless it is tuned, and give a row for each probed step."""
-    file = out / f"{case.name}.safetensors"
-    if not file.exists():
-        tune(pipe, case.clip(), case.caption, recipe, output=file)
-    told = Adapter.open(file).provenance
-    made = []
-    for probe in told.step_probes:
-        adapter = file if probe.step == told.step else Trail(file).at_step(probe.step)
-        scored = out / f"{case.name}-{probe.step:05d}.json"
-        if not scored.exists():
-            scored.write_text(json.dumps(scores_of(pipe, case, adapter, steps)))
-        seen = {"reconstruction": round(probe.reconstruction, 3), "response": round(probe.response, 3)}
-        kept = int(probe.step == told.step)
-        found = json.loads(scored.read_text())
-        made.append({"clip": case.name, "step": probe.step, "kept": kept, **seen, **found})
-        print(*made[-1].values(), sep="\t", flush=True)
-    return made
-
-
-def summary(table: list[dict[str, Any]], usual: int) -> str:
-    """Average over clips what the pick, the last step, the usual step and the best step by PSNR reach."""
-    clips = {row["clip"]: [r for r in table if r["clip"] == row["clip"]] for row in table}
+def summary(table: list[dict[str, Any]]) -> str:
+    """Average over clips what each way to choose a step reaches."""
+    clips = [
+        [row for row in table if row["clip"] == name] for name in dict.fromkeys(r["clip"] for r in table)
+    ]
     choices = {
-        "picked": lambda steps: next(row for row in steps if row["kept"]),
-        "last": lambda steps: steps[-1],
-        f"step {usual}": lambda steps: next(row for row in steps if row["step"] == usual),
-        "best by ideal_psnr": lambda steps: max(steps, key=lambda row: row["ideal_psnr"]),
+        "picked with the empty prompt": lambda steps: max(steps, key=lambda row: row[GAINS[0]]),
+        "picked with the edits' prompts": lambda steps: max(steps, key=lambda row: row[GAINS[1]]),
+        f"step {USUAL}, the recipe's": lambda steps: next(row for row in steps if row["step"] == USUAL),
+        f"step {LAST}": lambda steps: steps[-1],
+        "best by PSNR to the ideal": lambda steps: max(steps, key=lambda row: row["ideal_psnr"]),
     }
-    lines = [f"| step | mean step | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 2) + "|"]
+    lines = [f"| {len(clips)} clips | mean step | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 2) + "|"]
     for name, choose in choices.items():
-        chosen = [choose(steps) for steps in clips.values()]
+        chosen = [choose(steps) for steps in clips]
         means = [statistics.mean(row[column] for row in chosen) for column in ("step", *SCORES)]
-        lines.append(f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+        lines.append(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run the clips, write the table, and print what the pick is worth."""
+    """Probe what is there, write the table, and print what the pick is worth."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="adapters and scores")
+    parser.add_argument("folder", type=Path, help="of tav suite")
     parser.add_argument("output", type=Path, help="the table, a CSV file")
-    parser.add_argument("--clips", nargs="+", default=list(QUICK))
-    parser.add_argument("--steps", type=int, default=400, help="of the tuning")
-    parser.add_argument("--every", type=int, default=50, help="steps from a probe to the next")
-    parser.add_argument("--sampling-steps", type=int, default=20)
     options = parser.parse_args()
-    settings = (
-        f"steps={options.steps}",
-        f"probe_every={options.every}",
-        f"save_every={options.every}",
-        "patience=999",
-    )
-    recipe = Recipe.load("pocket").override(
-        ["training.early_stopping=true", *(f"training.{setting}" for setting in settings)]
-    )
-    options.folder.mkdir(parents=True, exist_ok=True)
-    pipe, table = TuneAVideoPipeline.from_pretrained("pocket"), []
-    for case in (case for case in pocket_cases() if case.name in options.clips):
-        table += rows(pipe, case, recipe, options.folder, options.sampling_steps)
+    pipe = TuneAVideoPipeline.from_pretrained("pocket")
+    table = [row for case in pocket_cases() for row in rows(pipe, case, options.folder)]
     with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    print(summary(table, Recipe.load("pocket").training.steps))
+    print(summary(table))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tav_peft.tuning import tune
 from tav_peft.video.clip import Clip
 from tav_peft.windows import Windows
 
-SIZE, OVERLAPS = 8, (1, 2, 4, 6)
+SIZE, OVERLAPS = 8, (2, 4)
 COLUMNS = (
     "clip", "edit", "frames", "window", "overlap", "psnr_to_single", "seam", "change", "ideal_psnr",
     "motion_error_px", "cpu_s",

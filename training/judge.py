@@ -137,11 +137,12 @@ def main() -> None:
     asked = scenes_of(2, options.prompts)
     drawn = draw(pipe, [s.caption for s in asked], guidance=options.guidance, steps=25, seed=0)
     pictures = tensor_of([np.asarray(image) for image in drawn])
-    print("by pocket's CLIP, of the same:", recognised([np.asarray(image) for image in drawn], asked))
     print(
         f"on pocket's own, {len(asked)} prompts, guidance {options.guidance:g}:",
         accuracies(judge, pictures, asked),
     )
+    print("by pocket's CLIP, of the same:", recognised([np.asarray(image) for image in drawn], asked))
+    print("by pocket's CLIP, of the same prompts rendered:", recognised([render(s) for s in asked], asked))
     new = [i for i, s in enumerate(asked) if held_out(s.actors[0].name, s.background, s.style)]
     print(
         f"of which {len(new)} held-out combinations:",

@@ -1,0 +1,109 @@
+"""What surrounds tuning and editing costs: starting a command, and reading, attaching, changing and merging adapters.
+
+    python benchmarks/small_costs.py work/adapter-files benchmarks/results/small_costs
+
+Adapters and base have Stable Diffusion 1.5's shapes and random weights: the preset paper (149 MB), and one with LoRA of
+rank 4 for its queries (100 MB). Writes a CSV and a table of medians, in seconds on the clock and of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adapter_files import write_adapter
+from machine import machine
+from stages import open_base
+
+from tav_peft import formats
+from tav_peft.merging import merge_files
+from tav_peft.tools.ranks import RankRule
+from tav_peft.tools.resizing import resize_file
+
+
+def seconds() -> tuple[float, float]:
+    """Give the time on the clock, and the processor time of this process and those that it waited for."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in spent)
+
+
+def works(folder: Path) -> dict[str, Callable[[], object]]:
+    """Give what is measured, in an order in which each finds what it needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paper = write_adapter(folder / "random.safetensors", decaying=False)
+    small = folder / "rank4.safetensors"
+    if not small.exists():
+        resize_file(paper, RankRule(4), output=small)
+    tav = [sys.executable, "-c", "from tav_peft.cli.main import main; main()"]
+    pipe = open_base("sd15")
+
+    def command(*words: str) -> Callable[[], object]:
+        return lambda: subprocess.run([*tav, *words], check=True, capture_output=True)
+
+    found: dict[str, Callable[[], object]] = {
+        "python -c pass": lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
+        "tav --help": command("--help"),
+        "tav info, preset paper": command("info", str(paper)),
+    }
+    for name, file in (("preset paper", paper), ("queries of rank 4", small)):
+        found |= {
+            f"read and attach, {name}": lambda file=file: pipe.load_adapter(file),
+            f"strength 1 to 0.5, {name}": lambda: pipe.set_adapters("default", 0.5),
+            f"take off, {name}": lambda: pipe.unload_adapter(),
+            f"read, {name}": lambda file=file: dict(formats.read(file).tensors),
+            f"merge two, {name}": lambda file=file: merge_files(
+                [file, file], [0.5, 0.5], output=folder / "merged.safetensors"
+            ),
+        }
+    return found
+
+
+def main() -> None:
+    """Measure every work in turns, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the adapters are made")
+    parser.add_argument("output", type=Path, help="name of the files, without .csv and .md")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # that the adapter is of another base
+    found: dict[str, list[tuple[float, float]]] = {}
+    todo = works(options.folder)
+    for number in range(-1, options.rounds):  # the first warms up
+        for name, work in todo.items():
+            before = seconds()
+            work()
+            spent = [after - began for after, began in zip(seconds(), before, strict=True)]
+            if number >= 0:
+                found.setdefault(name, []).append((spent[0], spent[1]))
+    with options.output.with_suffix(".csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("what", "kind", *(f"seconds_{n + 1}" for n in range(options.rounds))))
+        for name, values in found.items():
+            for kind, own in zip(("clock", "processor"), zip(*values, strict=True), strict=True):
+                table.writerow((name, kind, *(f"{each:.4f}" for each in own)))
+    lines = [
+        f"{options.rounds} rounds, medians. {machine()}.",
+        "",
+        "| what | clock, s | processor, s |",
+        "|---|---|---|",
+    ]
+    for name, values in found.items():
+        clock, processor = (statistics.median(each) for each in zip(*values, strict=True))
+        lines.append(f"| {name} | {clock:.3f} | {processor:.3f} |")
+    text = "\n".join(lines) + "\n"
+    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
