@@ -2,8 +2,9 @@
 
     python benchmarks/peft_methods.py benchmarks/results/peft_methods [--suite SUITE/results.csv]
 
-Writes a CSV and prints a table in Markdown; with the results of `tav suite` a plot too, of each row that was tuned by the
-bytes of its adapter. Bytes are those of all tensors in half precision, counted on shapes: no weights are needed.
+Writes a CSV and prints a table in Markdown; with the results of `tav suite` a plot and a table, of the rows that differ
+by their adapter only, on the clips that all of them have. Bytes are those of all tensors in half precision, counted on
+shapes: no weights are needed.
 """
 
 from __future__ import annotations
@@ -103,29 +104,50 @@ def scored(file: Path) -> list[dict[str, Any]]:
         ]
 
 
-def plot(path: Path, rows: list[dict[str, Any]], sd15: InflatedUNet) -> None:
-    """Draw scores on pocket by the bytes that the same settings take on SD 1.5, with intervals at 95 %."""
-    figure, panels = pyplot.subplots(1, len(SCORES), figsize=(5 * len(SCORES), 4.5), layout="constrained")
-    for axes, (score, label) in zip(panels, SCORES.items(), strict=True):
-        for name in dict.fromkeys(row["method"] for row in rows):
-            row = ROWS.get(name)
-            # rows that differ by their adapter only
-            if (
-                row is None
-                or not row.tuned
-                or not all(s.startswith(("adapter.", "training.lr")) for s in row.settings)
-            ):
-                continue
-            found = estimate([each for each in rows if each["method"] == name], score)
-            if found is None or row.start != "inversion" or row.depth or row.guidance or row.injection:
-                continue
-            count = 2 * sum(parameters(sd15, Recipe.load("pocket").override(row.settings).adapter))
-            low, high = found.value - found.low, found.high - found.value
-            axes.errorbar(count, found.value, yerr=[[low], [high]], fmt="o", capsize=3)
-            axes.annotate(row.title, (count, found.value), (4, 4), textcoords="offset points", fontsize=7)
+def compared(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Pick the methods that differ by their adapter only, each with its edits of the clips that all of them have."""
+    own = {
+        name: [row for row in rows if row["method"] == name and row["seed"] == "0"]
+        for name, row in ROWS.items()
+        if row.tuned
+        and row.start == "inversion"
+        and not (row.depth or row.guidance or row.injection or row.sampling or row.automatic or row.step)
+        and all(setting.startswith(("adapter.", "training.lr")) for setting in row.settings)
+        and row.temporal == "drawn"
+    }
+    own = {name: edits for name, edits in own.items() if edits}
+    shared = set.intersection(*({row["clip"] for row in edits} for edits in own.values()))
+    return {name: [row for row in edits if row["clip"] in shared] for name, edits in own.items()}
+
+
+def plot(path: Path, methods: dict[str, list[dict[str, Any]]], sd15: InflatedUNet) -> str:
+    """Draw scores on pocket by the bytes that the same settings take on SD 1.5; return them as a table in Markdown."""
+    bytes_of = {
+        name: 2 * sum(parameters(sd15, Recipe.load("pocket").override(ROWS[name].settings).adapter))
+        for name in methods
+    }
+    figure, panels = pyplot.subplots(
+        1, len(SCORES), figsize=(4.5 * len(SCORES) + 3, 4.5), layout="constrained"
+    )
+    lines = [f"| row | bytes on SD 1.5 | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 2) + "|"]
+    for number, name in enumerate(sorted(methods, key=lambda each: bytes_of[each])):
+        found = [estimate(methods[name], score) for score in SCORES]
+        cells = [
+            ROWS[name].title,
+            text(bytes_of[name]),
+            *(f"{each.value:.3g}" if each else "" for each in found),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        for axes, value in zip(panels, found, strict=True):
+            if value is not None:
+                label, marker = ROWS[name].title.removeprefix("preset "), "os^D"[number % 4]
+                axes.plot(bytes_of[name], value.value, marker, color=f"C{number % 10}", label=label)
+    for axes, label in zip(panels, SCORES.values(), strict=True):
         axes.set(xscale="log", xlabel="bytes on SD 1.5, half precision", title=label)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.savefig(path, dpi=80)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -144,7 +166,9 @@ def main() -> None:
         table.writerows(rows)
     print(markdown(rows))
     if options.suite is not None:
-        plot(options.output.with_suffix(".png"), scored(options.suite), sd15)
+        methods = compared(scored(options.suite))
+        print(f"\n{len({row['clip'] for edits in methods.values() for row in edits})} clips\n")
+        print(plot(options.output.with_suffix(".png"), methods, sd15))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "deep features at every third step": {"reuse_features": 3},
     "half of the positions merged": {"merge_tokens": 0.5},
 }
-SIDES = (64, 128, 256)
+SIDES = (64, 128)
 PROMPT = "a rabbit is moving on the grass"
 
 

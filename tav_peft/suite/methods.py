@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",), few=True),
     "paper": Method("preset paper", ("adapter.preset=paper",), few=True),
     "lite_1": _lite("preset lite", "lora", 1, "1e-2", few=True),
-    "lite_16": _lite("preset lite", "lora", 16, "1e-2", few=True),
+    "lite_16": _lite("preset lite", "lora", 16, "3e-3", few=True),
     "lite_4_slow": _lite("preset lite, a tenth of the rate", "lora", 4, "1e-3", few=True),
     "rslora_4": _lite("rsLoRA", "rslora", 4, "1e-2", few=True),
     "lokr_1": _lite("LoKr", "lokr", 1, "1e-2", few=True),
