@@ -1,16 +1,15 @@
-"""What surrounds tuning and editing costs: starting a command, and reading, attaching, changing and merging adapters.
+"""What surrounds tuning and editing costs: starting a command, and reading and merging adapters.
 
     python benchmarks/small_costs.py work/adapter-files benchmarks/results/small_costs
 
-Adapters and base have Stable Diffusion 1.5's shapes and random weights: the preset paper (149 MB), and one with LoRA of
-rank 4 for its queries (100 MB). Writes a CSV and a table of medians, in seconds on the clock and of the processor.
+The adapter has Stable Diffusion 1.5's shapes and random weights, by the preset paper (149 MB). Writes a CSV and a
+table of medians, in seconds on the clock and of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import resource
 import statistics
 import subprocess
@@ -21,12 +20,9 @@ from pathlib import Path
 
 from adapter_files import write_adapter
 from machine import machine
-from stages import open_base
 
 from tav_peft import formats
 from tav_peft.merging import merge_files
-from tav_peft.tools.ranks import RankRule
-from tav_peft.tools.resizing import resize_file
 
 
 def seconds() -> tuple[float, float]:
@@ -39,11 +35,7 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
     """Give what is measured, in an order in which each finds what it needs."""
     folder.mkdir(parents=True, exist_ok=True)
     paper = write_adapter(folder / "random.safetensors", decaying=False)
-    small = folder / "rank4.safetensors"
-    if not small.exists():
-        resize_file(paper, RankRule(4), output=small)
-    tav = [sys.executable, "-c", "from tav_peft.cli.main import main; main()"]
-    pipe = open_base("sd15")
+    tav = [str(Path(sys.executable).with_name("tav"))]
 
     def command(*words: str) -> Callable[[], object]:
         return lambda: subprocess.run([*tav, *words], check=True, capture_output=True)
@@ -53,17 +45,10 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
         "tav --help": command("--help"),
         "tav info, preset paper": command("info", str(paper)),
     }
-    for name, file in (("preset paper", paper), ("queries of rank 4", small)):
-        found |= {
-            f"read and attach, {name}": lambda file=file: pipe.load_adapter(file),
-            f"strength 1 to 0.5, {name}": lambda: pipe.set_adapters("default", 0.5),
-            f"take off, {name}": lambda: pipe.unload_adapter(),
-            f"read, {name}": lambda file=file: dict(formats.read(file).tensors),
-            f"merge two, {name}": lambda file=file: merge_files(
-                [file, file], [0.5, 0.5], output=folder / "merged.safetensors"
-            ),
-        }
-    return found
+    return found | {
+        "read": lambda: dict(formats.read(paper).tensors),
+        "merge two": lambda: merge_files([paper, paper], [0.5, 0.5], output=folder / "merged.safetensors"),
+    }
 
 
 def main() -> None:
@@ -75,7 +60,6 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="name of the files, without .csv and .md")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # that the adapter is of another base
     found: dict[str, list[tuple[float, float]]] = {}
     todo = works(options.folder)
     for number in range(-1, options.rounds):  # the first warms up
