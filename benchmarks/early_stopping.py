@@ -23,21 +23,13 @@ from tav_peft.early_stopping import Watch
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import Recipe
 from tav_peft.suite.cases import Case
+from tav_peft.suite.methods import METHODS
 from tav_peft.suite.pocket_cases import pocket_cases
+from tav_peft.suite.rows import adapter_file, row_file
 from tav_peft.trail import Trail
 
-USUAL, LAST = (
-    200,
-    600,
-)  # what the recipe takes, whose row is that of the full method, and where the trail ends
-ROWS = {
-    50: "steps_50",
-    100: "steps_100",
-    USUAL: "full",
-    300: "steps_300",
-    400: "steps_400",
-    LAST: "steps_600",
-}
+USUAL, LAST = 200, 600  # what the recipe takes, whose row is the full method's, and where the trail ends
+ROWS = {step: "full" if step == USUAL else f"steps_{step}" for step in (50, 100, USUAL, 300, 400, LAST)}
 KINDS = ("object", "background", "multiple")
 SCORES = ("motion_error", "recognised_object", "ideal_psnr")
 GAINS = ("gain_empty_prompt", "gain_edits")
@@ -46,14 +38,8 @@ COLUMNS = ("clip", "step", *GAINS, *SCORES)
 
 def rows(pipe: TuneAVideoPipeline, case: Case, folder: Path) -> Iterator[dict[str, Any]]:
     """Probe a case's steps and average their scores; nothing where the suite has not made them."""
-    tuned = (
-        folder
-        / "adapters"
-        / case.group
-        / case.name
-        / "training.steps=600_training.save_every=50-0.safetensors"
-    )
-    files = {step: folder / "rows" / case.group / case.name / f"{row}-0.json" for step, row in ROWS.items()}
+    tuned = adapter_file(folder, case, METHODS[ROWS[LAST]].settings, seed=0)
+    files = {step: row_file(folder, case, row, 0) for step, row in ROWS.items()}
     if not all(file.exists() for file in (tuned, *files.values())):
         return
     recipe, (mean, _) = Recipe.load("pocket"), pipe.encode_moments(case.clip())

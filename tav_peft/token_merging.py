@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,10 +71,7 @@ class Merge:
 
     def __init__(self, tokens: Tokens, height: int, width: int, share: float) -> None:
         """Match tokens (batch·frames, height·width, width of the block), `share` of which are to go."""
-        staying = _staying(height, width).to(tokens.device)
-        others = torch.ones(height * width, dtype=torch.bool, device=tokens.device)
-        others[staying] = False
-        free = others.nonzero()[:, 0]
+        staying, free = (places.to(tokens.device) for places in _places(height, width))
         unit = F.normalize(tokens.float(), dim=-1)
         alike, nearest = (unit[:, free] @ unit[:, staying].transpose(1, 2)).max(dim=-1)
         order = alike.argsort(dim=-1, descending=True, stable=True)  # (batch·frames, free)
@@ -107,10 +105,17 @@ def _wide(index: Tensor, tokens: Tokens) -> Tensor:
     return index[:, :, None].expand(-1, -1, tokens.shape[2])
 
 
-def _staying(height: int, width: int) -> Tensor:
-    """List the position of each cell of 2 x 2 that stays: drawn, but always the same, so that no grid shows."""
+@functools.cache
+def _places(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """List the position of each cell of 2 x 2 that stays, and all others.
+
+    Which one stays is drawn, but always the same, so that no grid shows.
+    """
     rows, columns = height // 2, width // 2
     drawn = torch.randint(4, (rows, columns), generator=torch.Generator().manual_seed(0))
     row = 2 * torch.arange(rows)[:, None] + drawn // 2
     column = 2 * torch.arange(columns)[None] + drawn % 2
-    return (row * width + column).flatten()
+    staying = (row * width + column).flatten()
+    others = torch.ones(height * width, dtype=torch.bool)
+    others[staying] = False
+    return staying, others.nonzero()[:, 0]

@@ -57,7 +57,6 @@ class Windows:
         run = self.size - 1
         last = frames - run
         starts = [1, *range(1 + (shift % self._stride or self._stride), last, self._stride), last]
-        starts = list(dict.fromkeys(starts))
         windows = []
         for number, start in enumerate(starts):
             end = start + run
@@ -77,9 +76,9 @@ class Windows:
     ) -> Latents:
         """Predict a window at a time by `predict`, and average; `residuals` are for all frames, folded."""
         frames = latents.shape[2]
-        if frames <= self.size:
-            return predict(latents, timestep, conditions, **residuals)
         windows = self.of(frames, self.shift(int(timestep)))
+        if len(windows) == 1:
+            return predict(latents, timestep, conditions, **residuals)
         total = torch.zeros_like(latents, dtype=torch.float32)
         counted = torch.zeros(frames, device=latents.device)
         for seen, weights in windows:

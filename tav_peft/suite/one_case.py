@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from tav_peft.scoring import score
 from tav_peft.suite.cases import Case
 from tav_peft.suite.loveu import write_edit
 from tav_peft.suite.methods import METHODS, start_of
-from tav_peft.suite.rows import Suite, row_file, rows_left
+from tav_peft.suite.rows import Suite, adapter_file, row_file, rows_left
 from tav_peft.suite.temporal_start import TemporalStart, started_from
 from tav_peft.trail import Trail
 from tav_peft.tuning import tune
@@ -134,8 +133,7 @@ def _adapter(bench: _Bench, setup: _Setup, recipe: Recipe) -> Path:
     """Give the file of the adapter that a setup asks for, tuned now if it is not there."""
     pipe, case = bench.pipe, bench.case
     settings = [*setup.settings, *([] if setup.temporal == "drawn" else [setup.temporal])]
-    stem = re.sub(r"[^\w.=]+", "-", "_".join(settings) or "recipe")
-    file = bench.out / "adapters" / case.group / case.name / f"{stem}-{setup.seed}.safetensors"
+    file = adapter_file(bench.out, case, settings, setup.seed)
     if not file.exists():
         with started_from(pipe.unet, setup.temporal, recipe.training.seed):
             tune(pipe, bench.clip, case.caption, recipe, output=file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def read_rows(suite: Suite, out: Path) -> list[dict[str, Any]]:
 def row_file(out: Path, case: Case, method: str, seed: int) -> Path:
     """Give the file of a row: a case by a method with a seed."""
     return out / "rows" / case.group / case.name / f"{method}-{seed}.json"
+
+
+def adapter_file(out: Path, case: Case, settings: Sequence[str], seed: int) -> Path:
+    """Give the file of the adapter that a case is tuned to with these settings and a seed."""
+    stem = re.sub(r"[^\w.=]+", "-", "_".join(settings) or "recipe")
+    return out / "adapters" / case.group / case.name / f"{stem}-{seed}.safetensors"
 
 
 def rows_left(suite: Suite, case: Case, out: Path) -> list[tuple[str, int]]:
