@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tav_peft.control.steering import Control
     from tav_peft.inversion import Inversion
     from tav_peft.pipeline import TuneAVideoPipeline
-    from tav_peft.recipe import EditingSection
     from tav_peft.video.clip import Clip
 
 
@@ -78,7 +77,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     _check_start(no_inversion, inversion, seed, depth)
     _check_mask(mask, mask_word, no_inversion)
     steering.check_pairs(control, controlnet, control_inversion)
-    injection = steering.read_injection(inject_attention, inject_features, no_inversion)
+    injected = steering.read_injection(inject_attention, inject_features, no_inversion)
     tuned, began = formats.read(adapter), perf_counter()
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {
@@ -119,21 +118,20 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     if mask or mask_word:
         start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
     with console.progress_bar("editing") as moved:
-        start |= {"injection": injection, "batch_size": batch, "progress": moved}
-        clips = _edited(pipe, wanted, hows, start)
+        arguments = [own.sampling | {"injection": injected(own)} for own in hows]
+        clips = _edited(pipe, wanted, arguments, start | {"batch_size": batch, "progress": moved})
     settings = {
         "strength": strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
         "controlnet": controlnet, "control_inversion": control_inversion, "mask": mask, "mask_word": mask_word,
-        "inject_attention": inject_attention, "inject_features": inject_features,
         "seed": (seed or 0) if no_inversion else None,
     }  # fmt: skip
     edits = [
-        write_edit(clip, words, file, own.sampling | settings)
-        for clip, words, file, own in zip(clips, wanted, files, hows, strict=True)
+        write_edit(clip, words, file, _in_words(own) | settings)
+        for clip, words, file, own in zip(clips, wanted, files, arguments, strict=True)
     ]
     details = {
-        **how.sampling, **settings, "inversion": _told(start.get("inversion")), "from_cache": cached,
-        "seconds": round(perf_counter() - began, 1),
+        **_in_words(how.sampling | {"injection": injected(how)}), **settings,
+        "inversion": _told(start.get("inversion")), "from_cache": cached, "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
 
@@ -162,16 +160,25 @@ def _controls(
 
 
 def _edited(
-    pipe: "TuneAVideoPipeline", prompts: list[str], hows: "list[EditingSection]", start: dict[str, Any]
+    pipe: "TuneAVideoPipeline", prompts: list[str], hows: list[dict[str, Any]], start: dict[str, Any]
 ) -> "list[Clip]":
-    """Sample the prompts, those with the same settings together."""
+    """Sample the prompts, those with the same arguments together."""
     clips: dict[int, Clip] = {}
-    for how in dict.fromkeys(hows):
-        own = [place for place, each in enumerate(hows) if each == how]
-        clips.update(
-            zip(own, pipe([prompts[place] for place in own], **start, **how.sampling).clips, strict=True)
-        )
+    for first, how in enumerate(hows):
+        if first not in clips:
+            own = [place for place, each in enumerate(hows) if each == how]
+            made = pipe([prompts[place] for place in own], **start, **how).clips
+            clips.update(zip(own, made, strict=True))
     return [clips[place] for place in range(len(prompts))]
+
+
+def _in_words(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Give the arguments of an edit as its record keeps them."""
+    injection = arguments["injection"]
+    return {name: value for name, value in arguments.items() if name != "injection"} | {
+        "inject_attention": injection.attention if injection else 0.0,
+        "inject_features": injection.features if injection else 0.0,
+    }
 
 
 def _invert(

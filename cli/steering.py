@@ -1,6 +1,6 @@
 """What --control, --controlnet, --mask and --prompts mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from tav_peft.control.steering import Control
     from tav_peft.injection import Injection
+    from tav_peft.recipe import EditingSection
     from tav_peft.video.clip import Clip
 
 Controls = Annotated[
@@ -104,18 +105,21 @@ def read_interval(given: str | None) -> tuple[float, float] | None:
     return first, last
 
 
-def read_injection(attention: float | None, features: float | None, no_inversion: bool) -> "Injection | None":
-    """Tell what of the clip is injected, and for how many of the steps; None where neither is given."""
-    from tav_peft.injection import Injection
+def read_injection(
+    attention: float | None, features: float | None, no_inversion: bool
+) -> "Callable[[EditingSection], Injection | None]":
+    """Tell what of the clip is injected where it is edited in one way or another: as asked, or as the recipe has it."""
+    from tav_peft.injection import Injection, injection_of
 
     if attention is None and features is None:
-        return None
+        return lambda how: None if no_inversion else injection_of(how)
     if no_inversion:
         raise BadParameter(
             "what is injected comes from the inversion. Leave out --no-inversion.",
             param_hint="--inject-attention",
         )
-    return Injection(attention or 0.0, features or 0.0)
+    asked = Injection(attention or 0.0, features or 0.0)
+    return lambda _: asked if attention or features else None
 
 
 def read_controls(

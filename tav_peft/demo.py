@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tav_peft.errors import TavError
+from tav_peft.injection import injection_of
 from tav_peft.optimizing import TuningStep
 from tav_peft.pipeline import Progress, TuneAVideoPipeline
 from tav_peft.pocket.clips import SHIPPED, PocketClip, sample
@@ -88,6 +89,7 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
                 inversion=inversion,
                 guidance_scale=how.guidance_scale,
                 depth=how.depth,
+                injection=injection_of(how),
                 like=clip,
                 progress=update,
             ).clips
@@ -119,7 +121,10 @@ def _kept(folder: Path, edit: Edit, how: EditingSection, ideal: PocketClip, resu
     """Write an edit's video and contact sheet, and measure it against the ideal edit."""
     stem = edit.title.replace(" ", "-")
     motion = measure(result, ideal)
-    settings = {"guidance_scale": how.guidance_scale, "depth": how.depth}
+    settings = {
+        "guidance_scale": how.guidance_scale, "depth": how.depth, "inject_attention": how.inject_attention,
+        "inject_features": how.inject_features,
+    }  # fmt: skip
     Record(ideal.caption, settings).write(folder / f"{stem}.mp4")
     return {
         "title": edit.title,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tav_peft.conditions import Conditions
 from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
+from tav_peft.recipe import EditingSection
 from tav_peft.shapes import Latents
 from tav_peft.unet.attention import SpatioTemporalAttention
 from tav_peft.unet.inflation import InflatedUNet
@@ -39,6 +40,14 @@ class Injection:
         for name, share in dataclasses.asdict(self).items():
             if not 0 <= share <= 1:
                 raise TavError(f"{name} {share:g}: give a share of the steps from 0 to 1.")
+
+
+def injection_of(how: EditingSection) -> Injection | None:
+    """Give what a recipe's settings inject: nothing in windows, nor where features are reused or merged."""
+    elsewhere = how.window is not None or how.reuse_features != 1 or how.merge_tokens > 0
+    if elsewhere or not (how.inject_attention or how.inject_features):
+        return None
+    return Injection(how.inject_attention, how.inject_features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

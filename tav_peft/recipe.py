@@ -160,10 +160,12 @@ class TrainingSection(_Frozen):
 
 
 class Resampling(_Frozen):
-    """How deep a clip is inverted before it is resampled, and how strongly the prompt pulls."""
+    """How deep a clip is inverted, how strongly the prompt pulls, and in which shares of the steps it is injected."""
 
     depth: Annotated[_Number, Field(gt=0, le=1)]
     guidance_scale: Annotated[_Number, Field(ge=1)]
+    inject_attention: _Share = 0.0
+    inject_features: _Share = 0.0
 
 
 class EditingSection(_Frozen):
@@ -173,6 +175,7 @@ class EditingSection(_Frozen):
     frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`). `two_changes` is
     for prompts that say two new things or more. Guidance acts in the shares `guidance_interval` of the steps. The
     UNet's deep blocks are computed at every `reuse_features`-th step, and `merge_tokens` of ST-Attn's positions merged.
+    The source's attention and features are injected for `inject_attention` and `inject_features` of the steps.
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -187,6 +190,8 @@ class EditingSection(_Frozen):
     guidance_interval: Annotated[tuple[_Share, _Share], BeforeValidator(_interval)] = (0.0, 1.0)
     reuse_features: Annotated[int, Field(ge=1)] = 1
     merge_tokens: Annotated[_Number, Field(ge=0, le=0.75)] = 0.0
+    inject_attention: _Share = 0.0
+    inject_features: _Share = 0.0
 
     def suited(self, caption: str, prompt: str) -> "EditingSection":
         """Return these settings for a prompt: with those of `two_changes` where it says two new things or more."""
@@ -207,9 +212,12 @@ class EditingSection(_Frozen):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Give the arguments of `pipe(prompt, …)`."""
-        inverting = {"inversion_method", "inversion_iterations", "window", "overlap", "two_changes"}
-        return {**self.model_dump(exclude=inverting), **self._windows}
+        """Give the arguments of `pipe(prompt, …)` but `injection` (see `injection_of`)."""
+        others = {
+            "inversion_method", "inversion_iterations", "window", "overlap", "two_changes", "inject_attention",
+            "inject_features",
+        }  # fmt: skip
+        return {**self.model_dump(exclude=others), **self._windows}
 
     @property
     def _windows(self) -> dict[str, int]:

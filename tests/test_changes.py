@@ -41,7 +41,5 @@ def test_settings_for_two_changes_are_taken_for_two_changes_only_and_only_where_
     assert how.two_changes is not None
     assert how.suited(CAPTION, "a panda is skiing on the snow") is how
     several = how.suited(CAPTION, "a panda is skiing on the beach")
-    assert (several.depth, several.guidance_scale) == (
-        how.two_changes.depth, how.two_changes.guidance_scale,
-    )  # fmt: skip
+    assert all(getattr(several, name) == value for name, value in how.two_changes)
     assert EditingSection().suited(CAPTION, "a panda is skiing on the beach") == EditingSection()

@@ -2,11 +2,13 @@
 
     python training/train_clip.py work/clip --steps 1800 --seen
     python training/train_clip.py work/clip --steps 2600 --groups 7000
+    python training/train_clip.py work/clip2 --steps 3000 --groups 20000 --others 320 --lr 8e-4 --objects --shipped
 
 Its scenes have other seeds than those pocket was trained on. With `--seen` it is shown only combinations that pocket has
 seen: an edit to one that was held out is then new to both, and its accuracy there, printed at the end, says how far to
-trust it on what it never saw. A stopped run goes on where it was; at the end the averaged weights are written in half
-precision as transformers keeps a CLIPModel.
+trust it on what it never saw. With `--objects` every picture of a group shows another object, the hardest to tell apart;
+with `--shipped` it goes on from the one in the package. A stopped run goes on where it was; at the end the averaged
+weights are written in half precision as transformers keeps a CLIPModel.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ TEXT = {
     "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": POSITIONS,
 }  # fmt: skip
-GROUP = 4  # a scene, and the same one with another object, background and style
+GROUP = 4  # a scene, and the same one with another object, background or style
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -62,26 +64,32 @@ def captions(*, seen: bool) -> list[str]:
     return [caption_of(*each) for each in every if not (seen and held_out(*each))]
 
 
-def random_group(rng: random.Random, *, seen: bool) -> list[Scene]:
-    """Draw a scene and its three one-thing edits, the hardest pictures to tell from it; all of them seen, if asked."""
+def random_group(rng: random.Random, *, seen: bool, objects: bool = False) -> list[Scene]:
+    """Draw a scene and three edits of it, the hardest pictures to tell from it; all of them seen, if asked.
+
+    They have another object, another background and another style; or each another object, one with another
+    background and one with another style too.
+    """
     while True:
         scene = random_scene(rng, training=False)
         taken = [actor.name for actor in scene.actors]
-        group = [
-            scene,
-            scene.edited(name=rng.choice([o for o in OBJECTS if o not in taken])),
-            scene.edited(background=rng.choice([b for b in BACKGROUNDS if b != scene.background])),
-            scene.edited(style=rng.choice([s for s in STYLES if s != scene.style])),
-        ]
+        names = rng.sample([o for o in OBJECTS if o not in taken], 3)
+        background = {"background": rng.choice([b for b in BACKGROUNDS if b != scene.background])}
+        style = {"style": rng.choice([s for s in STYLES if s != scene.style])}
+        if objects:
+            changes = [{"name": names[0]}, {"name": names[1], **background}, {"name": names[2], **style}]
+        else:
+            changes = [{"name": names[0]}, background, style]
+        group = [scene, *(scene.edited(**change) for change in changes)]
         if not (seen and any(map(is_held_out, group))):
             return group
 
 
-def draw_groups(file: Path, count: int, *, seen: bool) -> tuple[Tensor, list[str]]:
+def draw_groups(file: Path, count: int, *, seen: bool, objects: bool) -> tuple[Tensor, list[str]]:
     """Draw groups once and keep their pictures, uint8 (4·count, 64, 64, 3), and captions in `file`."""
     if not file.exists():
-        rng = random.Random(FIRST_SEED + seen)
-        scenes = [scene for _ in range(count) for scene in random_group(rng, seen=seen)]
+        rng = random.Random(FIRST_SEED + seen + 2 * objects)
+        scenes = [scene for _ in range(count) for scene in random_group(rng, seen=seen, objects=objects)]
         pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
         torch.save({"pictures": pictures, "captions": [scene.caption for scene in scenes]}, file)
     kept = torch.load(file, weights_only=True)
@@ -193,6 +201,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seen", action="store_true", help="only combinations that pocket has seen")
+    parser.add_argument("--objects", action="store_true", help="another object in every picture of a group")
+    parser.add_argument("--shipped", action="store_true", help="begin with the weights in the package")
     parser.add_argument("--groups", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=24, help="groups of four pictures a step")
     parser.add_argument("--others", type=int, default=160, help="captions of other pictures a step")
@@ -202,8 +212,10 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = Contrast(options.folder / "tokenizer")
+    if options.shipped:
+        model.clip.load_state_dict(CLIPModel.from_pretrained(SHIPPED, dtype=torch.float32).state_dict())
     file = options.folder / f"groups-{'seen' if options.seen else 'all'}.pt"
-    pictures, own = draw_groups(file, options.groups, seen=options.seen)
+    pictures, own = draw_groups(file, options.groups, seen=options.seen, objects=options.objects)
     every = captions(seen=options.seen)
 
     def step_loss(_: int) -> Tensor:

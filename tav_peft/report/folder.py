@@ -14,6 +14,7 @@ import yaml
 from tav_peft.adapter import Adapter
 from tav_peft.errors import AdapterError, TavError
 from tav_peft.pocket import truth
+from tav_peft.recipe import EditingSection
 from tav_peft.report.page import Shown, write_report
 from tav_peft.scoring import POCKET, pixels, score
 from tav_peft.scoring.clip_model import ClipModel
@@ -180,13 +181,14 @@ def _sha256(file: Path) -> str:
 def _commands(found: Found) -> str:
     """Spell the commands that tune and edit as the adapter and the records say."""
     said, name = found.adapter.provenance, found.adapter_file.name
+    usual = EditingSection().replace(**said.editing).model_dump(mode="json", include=_LEFT_OUT)
     lines = [
         f"tav tune {' '.join(shlex.quote(clip.name) for _, clip in said.clips)} --recipe recipe.yaml "
         f"{' '.join(f'--prompt {shlex.quote(caption)}' for caption, _ in said.clips)} "
         f"--base {shlex.quote(said.base.name)} -o {shlex.quote(name)}  # recipe.yaml: the recipe below"
     ]
     for video, record in found.edits.items():
-        settings = " ".join(_options(record.settings))
+        settings = " ".join(_options(record.settings, usual))
         given = f" {settings}" if settings else ""
         lines.append(
             f"tav edit {shlex.quote(name)} --prompt {shlex.quote(record.prompt)}{given} -o {shlex.quote(video.name)}"
@@ -202,21 +204,20 @@ _OPTIONS = {"guidance_scale": "guidance", "num_inference_steps": "steps"} | {
         "inject_attention", "inject_features", "seed",
     )
 }  # fmt: skip
-_USUAL = {
-    "guidance_interval": [0, 1],
-    "reuse_features": 1,
-    "merge_tokens": 0,
-}  # what an edit without the option has
+_OF_INVERSION = {"depth", "inject_attention", "inject_features"}
+_LEFT_OUT = {  # where they are as the recipe has them
+    "guidance_interval", "reuse_features", "merge_tokens", "inject_attention", "inject_features",
+}  # fmt: skip
 
 
-def _options(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Spell the settings of an edit as options of `tav edit`, those that it has."""
+def _options(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
+    """Spell the settings of an edit as options of `tav edit`, those that it has and that the recipe has otherwise."""
     if settings.get("seed") is not None:
         yield "--no-inversion"
-        settings = {name: value for name, value in settings.items() if name != "depth"}
+        settings = {name: value for name, value in settings.items() if name not in _OF_INVERSION}
     for name in [name for name in settings if name in _OPTIONS]:
         value, option = settings[name], f"--{_OPTIONS[name]}"
-        if _USUAL.get(name) == value:
+        if name in usual and usual[name] == value:
             continue
         if name == "guidance_interval" and isinstance(value, (list, tuple)):
             value = "-".join(map(str, value))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tav_peft.injection import Injection
+from tav_peft.injection import Injection, injection_of
 from tav_peft.inversion import Inversion, timestep_pairs
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.recipe import EditingSection
@@ -24,8 +24,8 @@ class Method:
     """A way to edit: the recipe's settings that differ, what sampling starts from, and how deep and how guided.
 
     `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the inversion is
-    full, as in the paper, and the guidance the recipe's. `automatic` takes both as `tav edit` does: the recipe's, by
-    what the prompt changes.
+    full, as in the paper, and the guidance the recipe's. `automatic` takes both and what is injected as `tav edit`
+    does: the recipe's, by what the prompt changes.
     `sampling` are further arguments of `pipe(prompt, …)`.
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
     ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
@@ -47,14 +47,17 @@ class Method:
     seeds: int = 1
     automatic: bool = False
 
-    def of(self, kind: str, prompt: str, caption: str, how: EditingSection) -> tuple[float, float]:
-        """Give depth and guidance for an edit of this kind."""
+    def of(
+        self, kind: str, prompt: str, caption: str, how: EditingSection
+    ) -> tuple[float, float, Injection | None]:
+        """Give depth, guidance and what is injected for an edit of this kind."""
         if self.automatic:
             how = how.suited(caption, prompt)
-            return how.depth, how.guidance_scale
+            return how.depth, how.guidance_scale, injection_of(how)
         return (
             self.depth.get(kind, self.depth.get("all", 1.0)),
             self.guidance.get(kind, self.guidance.get("all", how.guidance_scale)),
+            self.injection,
         )
 
 
@@ -69,7 +72,7 @@ _LONG = ("training.steps=600", "training.save_every=50")  # whose trail has the 
 METHODS: dict[str, Method] = {
     "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
     "full": Method("full method", seeds=3),
-    "automatic": Method("full method, depth and guidance as tav edit chooses them", automatic=True),
+    "automatic": Method("full method, as tav edit chooses", automatic=True),
     "no_inversion": Method("without inversion", start="noise", seeds=3),
     "no_tuning": Method("without tuning", tuned=False),
     "no_st_attn": Method("without ST-Attn", ("model.attention=frame",), seeds=3),

@@ -83,12 +83,12 @@ def _edits(
     """Make, keep and score the edits of a case by a method."""
     method, case = METHODS[name], bench.case
     for kind, prompt in case.prompts.items():
-        depth, guidance = method.of(kind, prompt, case.caption, how)
+        depth, guidance, injection = method.of(kind, prompt, case.caption, how)
         depth = depth if start[0] else 1.0
         ideal = truth.asked_of(case.truth, prompt) if case.truth else None
         if method.start == "drawn" and ideal is None:
             continue
-        key = (kind, method.start, depth, guidance, method.injection, *method.sampling.items())
+        key = (kind, method.start, depth, guidance, injection, *method.sampling.items())
         if key not in made:
             if method.start == "drawn":
                 assert ideal is not None
@@ -97,7 +97,7 @@ def _edits(
                 (edit,) = bench.pipe(
                     prompt, inversion=start[0], latents=start[1], num_inference_steps=how.num_inference_steps,
                     guidance_scale=guidance, depth=depth, negative_prompt=how.negative_prompt, like=bench.clip,
-                    injection=method.injection, **method.sampling,
+                    injection=injection, **method.sampling,
                 ).clips  # fmt: skip
             made[key] = edit, _scored(bench, edit, prompt, ideal)
         edit, scores = made[key]

@@ -246,7 +246,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
     assert steered == {
         "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 0.75, "strength": 1.0,
         "reuse_features": 1, "merge_tokens": 0.0,
-        "lora": ["style.safetensors=0.6"], "inject_attention": 0.5,
+        "lora": ["style.safetensors=0.6"], "inject_attention": 0.5, "inject_features": 0.0,
     }  # fmt: skip
     assert noise["seed"] == 5
     assert noise["strength"] == 0
@@ -263,7 +263,8 @@ def test_what_is_injected_reaches_the_edit_and_wants_an_inversion(library, tav):
 
 
 def test_the_clip_is_inverted_as_deep_as_the_deepest_edit_asks(library, tav):
-    library.recipe = library.recipe.override(["editing.depth=0.3"])
+    two = "editing.two_changes={depth: 0.55, guidance_scale: 7}"
+    library.recipe = library.recipe.override(["editing.depth=0.3", two])
     tav("edit", "a.safetensors", "--prompt", "a panda on grass", "--prompt", "a fox on the moon")
     assert [made["depth"] for made in library.inversions] == [0.55]
 
@@ -275,16 +276,43 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
     made = tav("edit", "a.safetensors", *words)
     assert made.stdout.split() == [f"a-edits/{name}.mp4" for name in
                                    ("a-panda-on-grass", "a-fox-on-the-moon", "a-rabbit-on-snow")]  # fmt: skip
-    assert [(edit["prompts"], edit["depth"], edit["guidance_scale"]) for edit in library.edits] == [
-        (["a panda on grass", "a rabbit on snow"], 0.75, 4.0), (["a fox on the moon"], 0.55, 7.0),
-    ]  # fmt: skip
+    ways = [
+        (edit["prompts"], edit["depth"], edit["guidance_scale"], edit["injection"]) for edit in library.edits
+    ]
+    assert ways == [
+        (["a panda on grass", "a rabbit on snow"], 0.75, 4.0, None),
+        (["a fox on the moon"], 1.0, 4.0, Injection(0.5, 0.8)),
+    ]
     settings = Record.beside(Path("a-edits/a-fox-on-the-moon.mp4")).settings
-    assert (settings["depth"], settings["guidance_scale"]) == (0.55, 7.0)
+    assert [settings[name] for name in ("depth", "inject_attention", "inject_features")] == [1.0, 0.5, 0.8]
     for option in (["--depth", "0.9"], ["--guidance", "3"], ["--no-inversion"]):
         tav("edit", "a.safetensors", "--prompt", "a fox on the moon", *option, "--overwrite")
     assert [(edit["depth"], edit["guidance_scale"]) for edit in library.edits[2:]] == [
         (0.9, 4.0), (0.75, 3.0), (1.0, 4.0),
     ]  # fmt: skip
+    assert {edit["injection"] for edit in library.edits[2:]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("option", "injection"),
+    [
+        (["--window", "8"], None),
+        (["--reuse-features", "2"], None),
+        (["--merge-tokens", "0.5"], None),
+        (["--inject-attention", "0", "--inject-features", "0"], None),
+        (["--inject-attention", "0.3"], Injection(0.3, 0)),
+    ],
+)
+def test_what_the_recipe_injects_gives_way_to_what_is_asked_for(library, tav, option, injection):
+    tav("edit", "a.safetensors", "--prompt", "a fox on the moon", *option)
+    assert library.edits[0]["injection"] == injection
+
+
+def test_a_recipe_may_inject_in_every_edit_but_those_from_noise(library, tav):
+    library.recipe = library.recipe.override(["editing.inject_attention=0.4"])
+    tav("edit", "a.safetensors", "--prompt", "a panda on grass")
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--no-inversion")
+    assert [edit["injection"] for edit in library.edits] == [Injection(0.4, 0), None]
 
 
 def test_guidance_may_act_in_a_part_of_the_steps(library, tav):

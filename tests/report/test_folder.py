@@ -64,6 +64,11 @@ def test_only_what_an_edit_had_otherwise_is_said(folder):
     )
     said = "--guidance-interval 0.0-0.6 --reuse-features 2 --merge-tokens 0.5"
     assert f"--prompt '{SNOW}' {said} -o snow.gif" in text_of(folder)
+    injected = {"inject_attention": 0.5, "inject_features": 0.0}
+    Record(SNOW, injected).write(folder / "snow.gif")
+    assert f"--prompt '{SNOW}' --inject-attention 0.5 -o snow.gif" in text_of(folder)
+    Record(SNOW, injected | {"seed": 3}).write(folder / "snow.gif")
+    assert f"--prompt '{SNOW}' --no-inversion --seed 3 -o snow.gif" in text_of(folder)
 
 
 def test_a_reconstruction_is_shown_with_its_psnr(folder):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tav_peft.injection import Injection
 from tav_peft.recipe import Recipe
 from tav_peft.suite.methods import METHODS, QUICK, Method, noised, start_of
 
@@ -15,17 +16,19 @@ def test_each_method_has_a_title_of_its_own_and_the_quick_ones_are_among_them():
 def test_depth_and_guidance_are_those_of_the_kind_of_all_or_the_papers_way():
     told, how = ("a fox on the moon", "a rabbit on grass"), Recipe.load("pocket").editing
     method = Method("m", depth={"multiple": 0.55}, guidance={"all": 7.0})
-    assert method.of("multiple", *told, how) == (0.55, 7.0)
-    assert method.of("style", *told, how) == (1.0, 7.0)
-    assert Method("plain").of("style", *told, how) == (1.0, how.guidance_scale)
+    assert method.of("multiple", *told, how) == (0.55, 7.0, None)
+    assert method.of("style", *told, how) == (1.0, 7.0, None)
+    assert Method("plain").of("style", *told, how) == (1.0, how.guidance_scale, None)
 
 
-def test_automatic_depth_and_guidance_are_what_tav_edit_takes_for_the_prompt():
+def test_automatic_depth_guidance_and_injection_are_what_tav_edit_takes_for_the_prompt():
     method, how = Method("m", automatic=True), Recipe.load("pocket").editing
     one = method.of("object", "a fox on grass", "a rabbit on grass", how)
     two = method.of("multiple", "a fox on the moon", "a rabbit on grass", how)
-    assert one == (how.depth, how.guidance_scale)
-    assert two == (how.two_changes.depth, how.two_changes.guidance_scale)
+    several = how.two_changes
+    injected = Injection(several.inject_attention, several.inject_features)
+    assert one == (how.depth, how.guidance_scale, None)
+    assert two == (several.depth, several.guidance_scale, injected)
     assert one != two
 
 
