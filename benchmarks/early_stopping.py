@@ -28,8 +28,8 @@ from tav_peft.suite.pocket_cases import pocket_cases
 from tav_peft.suite.rows import adapter_file, row_file
 from tav_peft.trail import Trail
 
-USUAL, LAST = 200, 600  # what the recipe takes, whose row is the full method's, and where the trail ends
-ROWS = {step: "full" if step == USUAL else f"steps_{step}" for step in (50, 100, USUAL, 300, 400, LAST)}
+USUAL, LAST = 100, 600  # what the recipe takes, whose row is the full method's, and where the trail ends
+ROWS = {step: "full" if step == USUAL else f"steps_{step}" for step in (50, USUAL, 200, 400, LAST)}
 KINDS = ("object", "background", "multiple")
 SCORES = ("motion_error", "recognised_object", "ideal_psnr")
 GAINS = ("gain_empty_prompt", "gain_edits")

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the table, a CSV file")
     parser.add_argument("--clips", nargs="+", default=[clip.name for clip in SHIPPED])
     options = parser.parse_args()
-    recipe = Recipe.load("pocket")
+    recipe = Recipe.load("pocket").override(["training.steps=200"])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="") as file:
         table = csv.writer(file)

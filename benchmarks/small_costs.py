@@ -1,15 +1,16 @@
-"""What surrounds tuning and editing costs: starting a command, and reading and merging adapters.
+"""What surrounds tuning and editing costs: starting a command, and reading, attaching and merging adapters.
 
     python benchmarks/small_costs.py work/adapter-files benchmarks/results/small_costs
 
-The adapter has Stable Diffusion 1.5's shapes and random weights, by the preset paper (149 MB). Writes a CSV and a
-table of medians, in seconds on the clock and of the processor.
+The adapter has Stable Diffusion 1.5's shapes and random weights, by the preset paper (149 MB); the base that it is
+attached to is of that size, in memory. Writes a CSV and a table of medians, in seconds on the clock and of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import resource
 import statistics
 import subprocess
@@ -20,15 +21,30 @@ from pathlib import Path
 
 from adapter_files import write_adapter
 from machine import machine
+from sd15_size import parts
 
 from tav_peft import formats
+from tav_peft.adapter import Adapter
+from tav_peft.bases import fingerprint
 from tav_peft.merging import merge_files
+from tav_peft.pipeline import TuneAVideoPipeline
+from tav_peft.unet.auditing import temporal_fingerprint
 
 
 def seconds() -> tuple[float, float]:
     """Give the time on the clock, and the processor time of this process and those that it waited for."""
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in spent)
+
+
+def made_for(pipe: TuneAVideoPipeline, adapter: Adapter) -> Adapter:
+    """Say of an adapter that it was tuned on this base, whatever it was made for."""
+    said = adapter.provenance
+    base = dataclasses.replace(said.base, fingerprint=fingerprint(pipe.unet))
+    start = dataclasses.replace(
+        said.temporal_init, fingerprint=temporal_fingerprint(pipe.unet, said.temporal_init.seed)
+    )
+    return dataclasses.replace(adapter, provenance=dataclasses.replace(said, base=base, temporal_init=start))
 
 
 def works(folder: Path) -> dict[str, Callable[[], object]]:
@@ -45,8 +61,18 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
         "tav --help": command("--help"),
         "tav info, preset paper": command("info", str(paper)),
     }
+    pipe = TuneAVideoPipeline(**parts())
+    made = made_for(pipe, formats.read(paper))
+
+    def attach() -> None:
+        if "paper" in pipe.adapters:
+            pipe.unload_adapter("paper")
+        pipe.load_adapter(made, "paper")
+
     return found | {
         "read": lambda: dict(formats.read(paper).tensors),
+        "attach, in the former one's place": attach,
+        "change the strength": lambda: pipe.set_adapters("paper", 0.5),
         "merge two": lambda: merge_files([paper, paper], [0.5, 0.5], output=folder / "merged.safetensors"),
     }
 

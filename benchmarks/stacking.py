@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="where the trainings wrote")
     parser.add_argument("output", type=Path, help="the picture")
     options = parser.parse_args()
-    truth, recipe = SHIPPED[0], Recipe.load("pocket")
+    truth, recipe = SHIPPED[0], Recipe.load("pocket").override(["training.steps=200"])
     clip = Clip.read(sample(truth.name), **recipe.clip.model_dump())
     pipe = TuneAVideoPipeline.from_pretrained("pocket")
     adapter = tune(pipe, clip, truth.caption, recipe)

@@ -1,12 +1,14 @@
 """What each stage costs in the original's way and in ours, side by side in one run, and how near the machine's limit is.
 
     python benchmarks/stages.py --base sd15 --output benchmarks/results/stages-sd15
+    python benchmarks/stages.py --base sd15 --bf16 --output benchmarks/results/stages-sd15-bf16
     python benchmarks/stages.py --base pocket --frames 8 --output benchmarks/results/stages-pocket
 
 Each round runs every stage once in each way, so that whatever else the machine does falls on both. Times are CPU seconds:
 medians, and the spread from least to most. Operations are counted (two for a multiply-add, of attention both products),
 and set against what this machine reaches in a large matrix product and convolution, measured before and after. Peak
-memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights.
+memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. With `--bf16` our frozen
+weights are bfloat16 and what is tuned float32, as `training.precision=bf16` has it; the original's way stays float32.
 """
 
 from __future__ import annotations
@@ -37,17 +39,19 @@ from tav_peft.presets import Subset
 from tav_peft.unet.trainable import trainable
 from tav_peft.video.clip import Clip
 
-WAYS = ("original", "ours", "ours, all blocks")
+WAYS = ("original", "ours", "ours, recomputing", "ours, all blocks")
+EDITING = WAYS[:2]
+HALF = torch.bfloat16
 PROMPT = "a man is skiing"
 
 
-def open_base(name: str) -> TuneAVideoPipeline:
+def open_base(name: str, dtype: torch.dtype) -> TuneAVideoPipeline:
     """Load pocket, or make a random model of SD 1.5's shapes in memory."""
     if name == "pocket":
-        return TuneAVideoPipeline.from_pretrained("pocket")
+        return TuneAVideoPipeline.from_pretrained("pocket", dtype=dtype)
     pipe = TuneAVideoPipeline(**parts())
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
-        model.eval()
+        model.eval().to(dtype)
     return pipe
 
 
@@ -60,6 +64,10 @@ class Bench:
         self.latents = pipe.encode_clip(clip)
         self.both = pipe.encode_prompts(["", PROMPT])
 
+    def autocast(self) -> torch.autocast:
+        """Give what a pass of the UNet runs in."""
+        return torch.autocast("cpu", HALF, enabled=self.pipe.unet.dtype == HALF)
+
     @contextlib.contextmanager
     def tuning(self, way: str) -> Iterator[dict[str, Callable[[], Any]]]:
         """Give the parts of a tuning step, to be called in order."""
@@ -68,8 +76,9 @@ class Bench:
         generator, kept = torch.Generator().manual_seed(0), {"given": (self.moments, self.told)}
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(trainable(self.pipe.unet, subset, rank=self.rank))
-            if original:
+            if original or way == "ours, recomputing":
                 stack.enter_context(recomputation(self.pipe))
+            if original:
                 stack.enter_context(original_attention())
             optimizer = torch.optim.AdamW(part.parameters.values(), lr=3e-5)
 
@@ -78,7 +87,9 @@ class Bench:
 
             def forward() -> None:
                 moments, told = kept["given"]
-                kept["loss"] = denoising_loss(self.pipe, draw_example(self.pipe, moments, generator), told)
+                example = draw_example(self.pipe, moments, generator)
+                with self.autocast():
+                    kept["loss"] = denoising_loss(self.pipe, example, told)
 
             def update() -> None:
                 torch.nn.utils.clip_grad_norm_(part.parameters.values(), 1.0)
@@ -117,10 +128,10 @@ def counted(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
     return {name: operations(stage) for name, stage in stages.items()}
 
 
-def machine_peak() -> dict[str, float]:
+def machine_peak(dtype: torch.dtype) -> dict[str, float]:
     """Measure GFLOP a CPU second of a matrix product of 2048² and a convolution, 320 channels on 64²; the best of six."""
-    a, picture = torch.randn(2048, 2048), torch.randn(1, 320, 64, 64)
-    kernel = torch.randn(320, 320, 3, 3)
+    sizes = (2048, 2048), (1, 320, 64, 64), (320, 320, 3, 3)
+    a, picture, kernel = (torch.randn(size).to(dtype) for size in sizes)
     works = {
         "product": (lambda: a @ a, 2 * 2048**3),
         "convolution": (lambda: torch.conv2d(picture, kernel, padding=1), 2 * 320 * 320 * 9 * 64 * 64),
@@ -136,14 +147,16 @@ def machine_peak() -> dict[str, float]:
     return best
 
 
-def run(bench: Bench, rounds: int) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], int]]:
+def run(
+    benches: dict[str, Bench], rounds: int
+) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], int]]:
     """Time every stage in every way, round by round, and count its operations."""
     times: dict[tuple[str, str], list[float]] = {}
     operations: dict[tuple[str, str], int] = {}
     for number in range(-1, rounds):
-        for way in WAYS:
+        for way, bench in benches.items():
             for stages_of in (bench.tuning, bench.editing):
-                if stages_of == bench.editing and way == "ours, all blocks":
+                if stages_of == bench.editing and way not in EDITING:
                     continue
                 found: dict[str, list[float]] = {}
                 with stages_of(way) as stages:
@@ -173,8 +186,8 @@ def peak_memory(arguments: list[str], way: str, what: str) -> float:
 def table(times: dict[Any, list[float]], operations: dict[Any, int], peak: dict[str, float]) -> str:
     """Write the table in Markdown."""
     lines = [
-        "| stage | original's way | ours | ratio | ours, all blocks | ratio | ours: GFLOP, share of the peak |",
-        "|---|---|---|---|---|---|---|",
+        f"| stage | original's way | {' | ratio | '.join(WAYS[1:])} | ratio | ours: GFLOP, share of the peak |",
+        "|---" * (1 + 2 * len(WAYS)) + "|",
     ]
     names = [name for way, name in times if way == "original"]
     for name in [*names]:
@@ -209,14 +222,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="name of the files, without .csv and .md")
+    parser.add_argument("--bf16", action="store_true", help="ours with frozen weights in bfloat16")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     side = options.size or {"pocket": 64, "sd15": 256}[options.base]
     pixels = np.random.default_rng(0).integers(0, 255, (options.frames, side, side, 3), dtype=np.uint8)
     before = memory("VmHWM")
-    bench = Bench(open_base(options.base), Clip(pixels, 8.0), options.preset, options.rank)
+    dtype = HALF if options.bf16 else torch.float32
+
+    def opened(own: torch.dtype) -> Bench:
+        return Bench(open_base(options.base, own), Clip(pixels, 8.0), options.preset, options.rank)
+
     if options.memory:
         way, what = options.memory.split(":")
+        bench = opened(torch.float32 if way == "original" else dtype)
         with (bench.tuning if what == "tuning" else bench.editing)(way) as stages:
             for _ in range(2 if what == "tuning" else 1):  # the first step makes the optimizer's state
                 for stage in stages.values():
@@ -228,20 +247,24 @@ def main() -> None:
         f"--frames={options.frames}",
         f"--size={side}",
         f"--preset={options.preset}",
+        *(["--bf16"] if options.bf16 else []),
     ]
-    peak = machine_peak()
-    times, counts = run(bench, options.rounds)
-    again = machine_peak()
+    peak = machine_peak(dtype)
+    kept = {own: opened(own) for own in {torch.float32, dtype}}
+    benches = {way: kept[torch.float32 if way == "original" else dtype] for way in WAYS}
+    times, counts = run(benches, options.rounds)
+    again = machine_peak(dtype)
     peak = {name: max(value, again[name]) for name, value in peak.items()}
-    del bench
+    del benches, kept
     peaks = {
         f"{way}, {what}": round(peak_memory(given, way, what), 2)
-        for what, ways in (("tuning", WAYS), ("editing", WAYS[:2]))
+        for what, ways in (("tuning", WAYS), ("editing", EDITING))
         for way in ways
     }
     libraries = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "peft"))
     text = "\n\n".join([
-        f"{options.base}, {options.frames} frames of {side}², preset {options.preset}; {options.rounds} rounds, CPU "
+        f"{options.base}, {options.frames} frames of {side}², preset {options.preset}"
+        f"{', ours with frozen weights in bf16' if options.bf16 else ''}; {options.rounds} rounds, CPU "
         f"seconds, median (least to most). {machine()}, {libraries}, {os.cpu_count()} cores. "
         f"Peak: matrix product {peak['product']:.0f}, convolution {peak['convolution']:.0f} GFLOP a CPU second.",
         table(times, counts, peak),

@@ -32,7 +32,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     steps: options.SamplingSteps = None,
     depth: Annotated[float | None, Option(help="How far to invert; 1 is all the way.")] = None,
     negative_prompt: Annotated[str | None, Option(help="What not to show.")] = None,
-    strength: Annotated[float, Option(min=0, help="Of the adapter; 0: without tuning, the base.")] = 1.0,
+    strength: options.Strength = None,
     lora: Annotated[
         list[str] | None, Option(help="An ordinary LoRA beside the adapter: FILE, or FILE=0.7; repeatable.")
     ] = None,
@@ -83,7 +83,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     given = {
         "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap,
         "guidance_interval": steering.read_interval(guidance_interval), "reuse_features": reuse_features,
-        "merge_tokens": merge_tokens,
+        "merge_tokens": merge_tokens, "strength": strength,
     }  # fmt: skip
     how = (
         EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
@@ -99,7 +99,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     if not ignore_memory:
         memory.before_editing(on, tuned, how, prompts=len(wanted), batch=batch, device=device)
     pipe = options.open_base(on, device, prediction_type=prediction_type)
-    _load(pipe, tuned, strength, lora or [], textual_inversion or [])
+    _load(pipe, tuned, how.strength, lora or [], textual_inversion or [])
     like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start: dict[str, Any] = {"fps": recorded.fps, "like": like}
     start["controls"] = _controls(pipe, control, controlnet, source if kept is None else kept.clean)
@@ -121,7 +121,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         arguments = [own.sampling | {"injection": injected(own)} for own in hows]
         clips = _edited(pipe, wanted, arguments, start | {"batch_size": batch, "progress": moved})
     settings = {
-        "strength": strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
+        "strength": how.strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
         "controlnet": controlnet, "control_inversion": control_inversion, "mask": mask, "mask_word": mask_word,
         "seed": (seed or 0) if no_inversion else None,
     }  # fmt: skip

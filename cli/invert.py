@@ -28,6 +28,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     no_check: Annotated[
         bool, Option("--no-check", help="Do not sample back, which takes a UNet pass a step.")
     ] = False,
+    strength: options.Strength = None,
     device: options.Device = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
@@ -40,14 +41,17 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     from tav_peft.sources import read_as_tuned
 
     tuned, began = formats.read(adapter), perf_counter()
-    given = {"num_inference_steps": steps, "inversion_method": method, "inversion_iterations": iterations}
+    given = {
+        "num_inference_steps": steps, "inversion_method": method, "inversion_iterations": iterations,
+        "strength": strength,
+    }  # fmt: skip
     how = EditingSection().replace(**tuned.provenance.editing).replace(**given, depth=1.0)
     if iterations and how.inversion_method == "ddim":
         raise BadParameter("ddim makes one pass a step. Add --method fixed_point.", param_hint="--iterations")
     target = check_free(output or Path(f"{clip.stem}.inversion.safetensors"), overwrite)
     source = read_as_tuned(tuned, clip)
     pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
-    pipe.load_adapter(tuned)
+    pipe.load_adapter(tuned, strength=how.strength)
     with console.progress_bar("inverting") as moved:
         inversion = pipe.invert(source, **how.inverting, progress=moved)
     if not no_check:

@@ -46,6 +46,14 @@ PredictionType = Annotated[
 Device = Annotated[
     str | None, Option("--device", help="cpu, cuda, cuda:1, mps. Not given: a GPU if there is one.")
 ]
+Strength = Annotated[
+    float | None,
+    Option(
+        "--strength",
+        min=0,
+        help="Of the adapter; 0: without tuning, the base. Not given: as the adapter's recipe has it.",
+    ),
+]
 SamplingSteps = Annotated[int | None, Option("--steps", min=1, max=999, help="DDIM steps.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="Where the result goes.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is already there.")]

@@ -55,7 +55,7 @@ def _reconstruct(
         raise ClipError(f"The clip ({name}) is not beside the adapter. Give it with --clip.")
     how = EditingSection().replace(**found.adapter.provenance.editing)
     pipe = options.open_base(base or found.adapter.provenance.base.name, device)
-    pipe.load_adapter(found.adapter_file)
+    pipe.load_adapter(found.adapter_file, strength=how.strength)
     with console.progress_bar("inverting") as moved:
         inversion = pipe.invert(found.source, **how.inverting, progress=moved)
     with console.progress_bar("sampling back") as moved:

@@ -57,7 +57,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     suite = Suite(
         cases, tuple(method or (QUICK if quick else METHODS)),
         Recipe.load(recipe).override([*(QUICK_SETTINGS if quick else () if data else SETTINGS), *(settings or ())]),
-        base, seeds, clip_model, pick_model, None if data or thorough else QUICK_CLIPS,
+        base, seeds, clip_model, pick_model, None if data or thorough or quick else QUICK_CLIPS,
     )  # fmt: skip
     with console.progress_bar("editing") as moved:
 

@@ -72,7 +72,7 @@ def demonstrate(folder: Path, *, name: str = "rabbit-grass", stage: Stage = _sil
             update(step.step, step.steps)
 
         adapter = tune(pipe, clip, truth.caption, recipe, output=adapter_file, overwrite=True, progress=told)
-    pipe.load_adapter(adapter)
+    pipe.load_adapter(adapter, strength=recipe.editing.strength)
     steps = recipe.editing.num_inference_steps
     with stage("inverting") as update:
         inversion = pipe.invert(clip, num_inference_steps=steps, progress=update)
@@ -123,7 +123,7 @@ def _kept(folder: Path, edit: Edit, how: EditingSection, ideal: PocketClip, resu
     motion = measure(result, ideal)
     settings = {
         "guidance_scale": how.guidance_scale, "depth": how.depth, "inject_attention": how.inject_attention,
-        "inject_features": how.inject_features,
+        "inject_features": how.inject_features, "strength": how.strength,
     }  # fmt: skip
     Record(ideal.caption, settings).write(folder / f"{stem}.mp4")
     return {

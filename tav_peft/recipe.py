@@ -175,7 +175,8 @@ class EditingSection(_Frozen):
     frames than `window` goes through the UNet in windows that share `overlap` frames (see `windows`). `two_changes` is
     for prompts that say two new things or more. Guidance acts in the shares `guidance_interval` of the steps. The
     UNet's deep blocks are computed at every `reuse_features`-th step, and `merge_tokens` of ST-Attn's positions merged.
-    The source's attention and features are injected for `inject_attention` and `inject_features` of the steps.
+    The source's attention and features are injected for `inject_attention` and `inject_features` of the steps, and
+    `strength` is the adapter's.
     """
 
     guidance_scale: Annotated[_Number, Field(ge=1)] = 12.5
@@ -192,6 +193,7 @@ class EditingSection(_Frozen):
     merge_tokens: Annotated[_Number, Field(ge=0, le=0.75)] = 0.0
     inject_attention: _Share = 0.0
     inject_features: _Share = 0.0
+    strength: Annotated[_Number, Field(ge=0)] = 1.0
 
     def suited(self, caption: str, prompt: str) -> "EditingSection":
         """Return these settings for a prompt: with those of `two_changes` where it says two new things or more."""
@@ -215,7 +217,7 @@ class EditingSection(_Frozen):
         """Give the arguments of `pipe(prompt, …)` but `injection` (see `injection_of`)."""
         others = {
             "inversion_method", "inversion_iterations", "window", "overlap", "two_changes", "inject_attention",
-            "inject_features",
+            "inject_features", "strength",
         }  # fmt: skip
         return {**self.model_dump(exclude=others), **self._windows}
 

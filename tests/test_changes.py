@@ -37,7 +37,8 @@ def test_the_suite_s_kinds_of_edit_are_told_apart_by_their_prompts():
 
 
 def test_settings_for_two_changes_are_taken_for_two_changes_only_and_only_where_there_are_any():
-    how = Recipe.load("pocket").editing
+    two = "editing.two_changes={depth: 0.55, guidance_scale: 7, inject_features: 0.8}"
+    how = Recipe.load("pocket").override([two]).editing
     assert how.two_changes is not None
     assert how.suited(CAPTION, "a panda is skiing on the snow") is how
     several = how.suited(CAPTION, "a panda is skiing on the beach")

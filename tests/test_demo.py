@@ -51,6 +51,6 @@ def test_each_edit_is_sampled_as_the_recipe_has_it_for_its_prompt(made):
     how = Recipe.load("pocket").editing
     for edit in made["edits"]:
         own = how.suited(truth.caption, edit["prompt"])
-        named = ("depth", "guidance_scale", "inject_attention", "inject_features")
+        named = ("depth", "guidance_scale", "inject_attention", "inject_features", "strength")
         assert all(edit[name] == getattr(own, name) for name in named)
-    assert len({edit["inject_features"] for edit in made["edits"]}) == 2
+

@@ -141,7 +141,7 @@ def test_a_recipe_with_lora_has_a_rate_of_its_own(name, preset, rank, lr):
 def test_the_pocket_recipe_suits_its_base():
     recipe = Recipe.load("pocket")
     assert (recipe.base, recipe.clip.frames, recipe.clip.size) == ("pocket", 8, (64, 64))
-    assert (recipe.training.steps, recipe.editing.guidance_scale) == (200, 4.0)
+    assert (recipe.training.steps, recipe.editing.guidance_scale) == (100, 4.0)
 
 
 def test_the_recipe_for_small_gpus_saves_memory_in_every_way():

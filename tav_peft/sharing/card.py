@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 
 from tav_peft.adapter import Adapter
 from tav_peft.bases import POCKET
+from tav_peft.injection import injection_of
 from tav_peft.recipe import EditingSection, Recipe
 from tav_peft.sharing.address import size_text
 from tav_peft.sharing.hub import NAME
@@ -133,7 +134,8 @@ class Card:
         if adapter.provenance.clip.frames:
             yield "Without the clip, from noise:"
             start = [f"noise = pipe.noise(adapter.provenance.clip, seed={_SEED})"]
-            yield self._python(how.replace(depth=1.0), start, "latents=noise")
+            plain = how.replace(depth=1.0, inject_attention=0.0, inject_features=0.0)
+            yield self._python(plain, start, "latents=noise")
 
     def _commands(self) -> Iterator[str]:
         made, called = self.adapter.provenance, shlex.quote(self.name or self.file)
@@ -150,13 +152,17 @@ class Card:
         prompt = json.dumps(self._prompt(), ensure_ascii=False)
         fps = self.adapter.provenance.clip.fps
         rate = f", fps={fps:g}" if fps else ""
+        strength = "" if how.strength == 1 else f", strength={how.strength:g}"
+        if (injection := injection_of(how)) is not None:
+            imports = (*imports, "from tav_peft.injection import Injection")
+            given += f", injection={injection}"
         return "\n".join([
             "```python",
             "from tav_peft import TuneAVideoPipeline",
             *imports,
             "",
             f"pipe = TuneAVideoPipeline.from_pretrained({json.dumps(self.base)})",
-            f"adapter = pipe.load_adapter({json.dumps(self.name or self.file)})",
+            f"adapter = pipe.load_adapter({json.dumps(self.name or self.file)}{strength})",
             *start,
             f"edit = pipe({prompt}, {given}, {_arguments(how.sampling)}{rate}).clips[0]",
             f'edit.write("{_EDIT}")',

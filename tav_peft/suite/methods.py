@@ -24,8 +24,8 @@ class Method:
     """A way to edit: the recipe's settings that differ, what sampling starts from, and how deep and how guided.
 
     `depth` and `guidance` hold for a kind of edit, or for all of them ("all"); where they say nothing, the inversion is
-    full, as in the paper, and the guidance the recipe's. `automatic` takes both and what is injected as `tav edit`
-    does: the recipe's, by what the prompt changes.
+    full, as in the paper, and the guidance the recipe's. The adapter acts at `strength`. `automatic` takes all this and
+    what is injected as `tav edit` does: the recipe's, by what the prompt changes.
     `sampling` are further arguments of `pipe(prompt, …)`.
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
     ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
@@ -40,6 +40,7 @@ class Method:
     depth: Mapping[str, float] = dataclasses.field(default_factory=dict)
     guidance: Mapping[str, float] = dataclasses.field(default_factory=dict)
     injection: Injection | None = None
+    strength: float = 1.0
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     step: int | None = None
     temporal: TemporalStart = "drawn"
@@ -75,10 +76,14 @@ METHODS: dict[str, Method] = {
     "automatic": Method("full method, as tav edit chooses", automatic=True),
     "no_inversion": Method("without inversion", start="noise", seeds=3),
     "no_tuning": Method("without tuning", tuned=False),
+    "no_tuning_injected": Method("feature injection without tuning", injection=Injection(), tuned=False),
     "no_st_attn": Method("without ST-Attn", ("model.attention=frame",), seeds=3),
     "per_frame": Method("image model frame by frame, same inversion", _FRAMEWISE, tuned=False),
     "sdedit_70": Method("SDEdit at 0.7", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.7}),
     "lite_4": _lite("preset lite", "lora", 4, "1e-2"),
+    "lite_4_automatic": _lite(
+        "preset lite, as tav edit chooses", "lora", 4, "1e-2", automatic=True, few=True
+    ),
     "sdedit_50": Method(
         "SDEdit at 0.5", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.5}, few=True
     ),
@@ -86,9 +91,14 @@ METHODS: dict[str, Method] = {
         "SDEdit at 0.9", _FRAMEWISE, "noised clip", tuned=False, depth={"all": 0.9}, few=True
     ),
     "plug_and_play": Method(
-        "feature injection (Plug-and-Play)", _FRAMEWISE, tuned=False, injection=Injection(), few=True
+        "image model frame by frame with feature injection (Plug-and-Play)",
+        _FRAMEWISE,
+        tuned=False,
+        injection=Injection(),
+        few=True,
     ),
     "full_injected": Method("full method with feature injection", injection=Injection(), few=True),
+    "half": Method("full method at half the strength", strength=0.5, few=True),
     "mid_up": Method("mid and up blocks only", ("adapter.blocks=[mid, up]",), few=True),
     "paper": Method("preset paper", ("adapter.preset=paper",), few=True),
     "lite_1": _lite("preset lite", "lora", 1, "1e-2", few=True),
@@ -109,10 +119,7 @@ METHODS: dict[str, Method] = {
         )
         for title, method, rank in (("DoRA", "dora", 4), ("OFT", "oft", 4), ("HRA", "hra", 2))
     },
-    **{
-        f"steps_{step}": Method(f"{step} steps", _LONG, step=step, few=True)
-        for step in (50, 100, 300, 400, 600)
-    },
+    **{f"steps_{step}": Method(f"{step} steps", _LONG, step=step, few=True) for step in (50, 200, 400, 600)},
     "guidance_2": Method("guidance 2", guidance={"all": 2.0}, few=True),
     "guidance_7": Method("guidance 7", guidance={"all": 7.0}, few=True),
     "guided_to_60": Method(

@@ -46,6 +46,7 @@ class _Setup(NamedTuple):
     tuned: bool
     temporal: TemporalStart
     step: int | None
+    strength: float
     seed: int
 
 
@@ -56,8 +57,9 @@ def run_case(suite: Suite, case: Case, out: Path, tell: Callable[[], None] = lam
     bench = _Bench(suite, case, out, pipe, case.clip(**suite.recipe.clip.model_dump()))
     setups: dict[_Setup, list[str]] = {}
     for name, seed in rows_left(suite, case, out):
-        own = METHODS[name]
-        setup = _Setup(own.settings, own.tuned, own.temporal, own.step, seed)
+        own, usual = METHODS[name], suite.recipe.editing.strength
+        strength = usual if own.automatic else own.strength
+        setup = _Setup(own.settings, own.tuned, own.temporal, own.step, strength, seed)
         setups.setdefault(setup, []).append(name)
     for setup, names in setups.items():
         with _prepared(bench, setup) as recipe:
@@ -122,7 +124,7 @@ def _prepared(bench: _Bench, setup: _Setup) -> Iterator[Recipe]:
         with pipe.unet.as_variant(recipe.model):
             yield recipe
         return
-    pipe.load_adapter(_adapter(bench, setup, recipe), "suite")
+    pipe.load_adapter(_adapter(bench, setup, recipe), "suite", strength=setup.strength)
     try:
         yield recipe
     finally:

@@ -12,17 +12,17 @@ from tav_peft.video.record import Record
 
 def test_settings_are_the_adapters_unless_given(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a panda")
-    options = "--guidance 7 --steps 20 --depth 0.55 --negative-prompt blur --strength 0.5"
+    options = "--guidance 7 --steps 20 --depth 0.55 --negative-prompt blur --strength 0.7"
     tav("edit", "a.safetensors", "--prompt", "a fox", *options.split())
     usual, given = library.edits
     numbers = ("guidance_scale", "num_inference_steps", "depth", "negative_prompt")
-    assert [usual[name] for name in numbers] == [4.0, 50, 0.75, ""]  # of the recipe pocket
+    assert [usual[name] for name in numbers] == [4.0, 50, 1.0, ""]  # of the recipe pocket
     assert [given[name] for name in numbers] == [7.0, 20, 0.55, "blur"]
     assert library.inversions == [
-        {"num_inference_steps": 50, "depth": 0.75, "method": "ddim", "iterations": 5},
+        {"num_inference_steps": 50, "depth": 1.0, "method": "ddim", "iterations": 5},
         {"num_inference_steps": 20, "depth": 0.55, "method": "ddim", "iterations": 5},
     ]
-    assert library.attached == [1.0, 0.5]
+    assert library.attached == [0.5, 0.7]
 
 
 def test_windows_reach_the_inversion_and_the_edits(library, tav):
@@ -37,8 +37,7 @@ def test_several_prompts_share_one_inversion(library, tav):
     result = tav("edit", "a.safetensors", "--prompt", "a panda", "--prompt", "a fox, in the snow!")
     assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-fox-in-the-snow.mp4\n"
     assert len(library.inversions) == 1
-    assert [edit["prompts"] for edit in library.edits] == [["a panda"], ["a fox, in the snow!"]]
-    assert library.edits[0]["inversion"] is library.edits[1]["inversion"]
+    assert [edit["prompts"] for edit in library.edits] == [["a panda", "a fox, in the snow!"]]
 
 
 def test_without_a_prompt_the_recipes_edits_are_made(library, tav):
@@ -127,7 +126,7 @@ def test_a_kept_inversion_is_used_instead_of_another_one(library, tav):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--strength", "0.5"), "made with another adapter, or at another strength."),
+        (("--strength", "0.7"), "made with another adapter, or at another strength."),
         (("--base", "b"), "made with another base."),
         (("--clip", "fox.mp4"), "made with another clip."),
     ],
@@ -178,7 +177,7 @@ def test_json_is_one_object_with_each_edit_and_its_settings(library, tav):
     told = json.loads(tav("edit", "a.safetensors", "--prompt", "a panda", "--json").stdout)
     sheet = {"prompt": "a panda", "clip": "a-edits/a-panda.mp4", "contact_sheet": "a-edits/a-panda.png"}
     assert told["edits"] == [sheet]
-    assert (told["guidance_scale"], told["num_inference_steps"], told["strength"]) == (4.0, 50, 1.0)
+    assert (told["guidance_scale"], told["num_inference_steps"], told["strength"]) == (4.0, 50, 0.5)
 
 
 def test_loras_and_words_go_beside_the_adapter(library, tav):
@@ -244,7 +243,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5", "--strength", "0")
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
     assert steered == {
-        "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 0.75, "strength": 1.0,
+        "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 1.0, "strength": 0.5,
         "reuse_features": 1, "merge_tokens": 0.0,
         "lora": ["style.safetensors=0.6"], "inject_attention": 0.5, "inject_features": 0.0,
     }  # fmt: skip
@@ -256,7 +255,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
 def test_what_is_injected_reaches_the_edit_and_wants_an_inversion(library, tav):
     tav("edit", "a.safetensors", "--prompt", "a panda", "--inject-features", "0.8")
     tav("edit", "a.safetensors", "--prompt", "a fox")
-    assert [edit["injection"] for edit in library.edits] == [Injection(0.0, 0.8), None]
+    assert [edit["injection"] for edit in library.edits] == [Injection(0.0, 0.8), Injection(0.5, 0.8)]
     refused = tav("edit", "a.safetensors", "--prompt", "a cat", "--no-inversion", "--inject-attention", "0.5")
     assert refused.exit_code == 2
     assert "comes from the inversion" in refused.stderr
@@ -272,6 +271,9 @@ def test_the_clip_is_inverted_as_deep_as_the_deepest_edit_asks(library, tav):
 def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_depth_or_guidance_is_given(
     library, tav
 ):
+    two = "editing.two_changes={depth: 0.55, guidance_scale: 7, inject_attention: 0.4}"
+    alone = ["editing.depth=0.75", "editing.inject_attention=0", "editing.inject_features=0", two]
+    library.recipe = library.recipe.override(alone)
     words = ["--prompt", "a panda on grass", "--prompt", "a fox on the moon", "--prompt", "a rabbit on snow"]
     made = tav("edit", "a.safetensors", *words)
     assert made.stdout.split() == [f"a-edits/{name}.mp4" for name in
@@ -281,10 +283,10 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
     ]
     assert ways == [
         (["a panda on grass", "a rabbit on snow"], 0.75, 4.0, None),
-        (["a fox on the moon"], 1.0, 4.0, Injection(0.5, 0.8)),
+        (["a fox on the moon"], 0.55, 7.0, Injection(0.4, 0)),
     ]
     settings = Record.beside(Path("a-edits/a-fox-on-the-moon.mp4")).settings
-    assert [settings[name] for name in ("depth", "inject_attention", "inject_features")] == [1.0, 0.5, 0.8]
+    assert [settings[name] for name in ("depth", "inject_attention", "inject_features")] == [0.55, 0.4, 0.0]
     for option in (["--depth", "0.9"], ["--guidance", "3"], ["--no-inversion"]):
         tav("edit", "a.safetensors", "--prompt", "a fox on the moon", *option, "--overwrite")
     assert [(edit["depth"], edit["guidance_scale"]) for edit in library.edits[2:]] == [
@@ -309,10 +311,9 @@ def test_what_the_recipe_injects_gives_way_to_what_is_asked_for(library, tav, op
 
 
 def test_a_recipe_may_inject_in_every_edit_but_those_from_noise(library, tav):
-    library.recipe = library.recipe.override(["editing.inject_attention=0.4"])
     tav("edit", "a.safetensors", "--prompt", "a panda on grass")
     tav("edit", "a.safetensors", "--prompt", "a panda", "--no-inversion")
-    assert [edit["injection"] for edit in library.edits] == [Injection(0.4, 0), None]
+    assert [edit["injection"] for edit in library.edits] == [Injection(0.5, 0.8), None]
 
 
 def test_guidance_may_act_in_a_part_of_the_steps(library, tav):

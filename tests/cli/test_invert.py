@@ -33,6 +33,12 @@ def test_steps_method_base_and_output_may_be_given(library, tav):
     assert (library.inversions, library.bases) == ([asked], ["b"])
 
 
+def test_the_adapter_acts_as_strongly_as_its_recipe_has_it_or_as_asked(library, tav):
+    tav(*COMMAND)
+    tav(*COMMAND, "--strength", "0.7", "--overwrite")
+    assert library.attached == [0.5, 0.7]
+
+
 def test_how_well_it_comes_back_is_shown_told_and_kept(library, tav):
     shown = tav(*COMMAND).stderr
     for word in ("ddim, 50 steps", "UNet passes", "30.35 dB", "without error"):

@@ -44,7 +44,7 @@ def test_hashes_and_recipe_are_those_of_the_files(folder):
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         assert f"<td>{name} (file)</td><td>{digest}</td>" in text
     assert "learning rate 0.001, seed" in text
-    assert "steps: 200" in text
+    assert "steps: 100" in text
 
 
 def test_it_says_how_to_make_it_again(folder):
@@ -66,7 +66,7 @@ def test_only_what_an_edit_had_otherwise_is_said(folder):
     assert f"--prompt '{SNOW}' {said} -o snow.gif" in text_of(folder)
     injected = {"inject_attention": 0.5, "inject_features": 0.0}
     Record(SNOW, injected).write(folder / "snow.gif")
-    assert f"--prompt '{SNOW}' --inject-attention 0.5 -o snow.gif" in text_of(folder)
+    assert f"--prompt '{SNOW}' --inject-features 0.0 -o snow.gif" in text_of(folder)  # pocket's attention is 0.5
     Record(SNOW, injected | {"seed": 3}).write(folder / "snow.gif")
     assert f"--prompt '{SNOW}' --no-inversion --seed 3 -o snow.gif" in text_of(folder)
 

@@ -22,13 +22,12 @@ def test_depth_and_guidance_are_those_of_the_kind_of_all_or_the_papers_way():
 
 
 def test_automatic_depth_guidance_and_injection_are_what_tav_edit_takes_for_the_prompt():
-    method, how = Method("m", automatic=True), Recipe.load("pocket").editing
+    two = "editing.two_changes={depth: 0.55, guidance_scale: 7, inject_attention: 0.4}"
+    method, how = Method("m", automatic=True), Recipe.load("pocket").override([two]).editing
     one = method.of("object", "a fox on grass", "a rabbit on grass", how)
     two = method.of("multiple", "a fox on the moon", "a rabbit on grass", how)
-    several = how.two_changes
-    injected = Injection(several.inject_attention, several.inject_features)
-    assert one == (how.depth, how.guidance_scale, None)
-    assert two == (several.depth, several.guidance_scale, injected)
+    assert one == (1.0, 4.0, Injection(0.5, 0.8))
+    assert two == (0.55, 7.0, Injection(0.4, 0.0))
     assert one != two
 
 

@@ -132,7 +132,9 @@ def test_steps_are_taken_from_the_trail_of_one_tuning(suite, out, monkeypatch):
 def test_two_methods_that_ask_for_the_same_edit_share_it(suite, out, monkeypatch):
     calls, edits = [], one_case.score
     monkeypatch.setattr(one_case, "score", lambda *a, **k: calls.append(a[1]) or edits(*a, **k))
-    recipe = suite.recipe.override(["editing.depth=1", "editing.two_changes={depth: 0.5, guidance_scale: 3}"])
+    two = "editing.two_changes={depth: 0.5, guidance_scale: 3}"
+    plain = ["editing.strength=1", "editing.inject_attention=0", "editing.inject_features=0"]
+    recipe = suite.recipe.override([*plain, two])
     case = dataclasses.replace(suite.cases[0], caption="a man on a car")
     prompts = {**dict.fromkeys(KINDS, "one man on a car"), "multiple": "one man on one car"}
     case = dataclasses.replace(case, prompts=prompts)
