@@ -53,4 +53,3 @@ def test_each_edit_is_sampled_as_the_recipe_has_it_for_its_prompt(made):
         own = how.suited(truth.caption, edit["prompt"])
         named = ("depth", "guidance_scale", "inject_attention", "inject_features", "strength")
         assert all(edit[name] == getattr(own, name) for name in named)
-

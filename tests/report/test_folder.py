@@ -66,7 +66,9 @@ def test_only_what_an_edit_had_otherwise_is_said(folder):
     assert f"--prompt '{SNOW}' {said} -o snow.gif" in text_of(folder)
     injected = {"inject_attention": 0.5, "inject_features": 0.0}
     Record(SNOW, injected).write(folder / "snow.gif")
-    assert f"--prompt '{SNOW}' --inject-features 0.0 -o snow.gif" in text_of(folder)  # pocket's attention is 0.5
+    assert f"--prompt '{SNOW}' --inject-features 0.0 -o snow.gif" in text_of(
+        folder
+    )  # pocket's attention is 0.5
     Record(SNOW, injected | {"seed": 3}).write(folder / "snow.gif")
     assert f"--prompt '{SNOW}' --no-inversion --seed 3 -o snow.gif" in text_of(folder)
 
