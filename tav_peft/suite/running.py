@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,9 +57,7 @@ def _in_processes(
 ) -> None:
     """Give each process a case at a time; the first that fails stops the run, and what is done stays."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_process) as pool:
         running: list[Future[None]] = [pool.submit(run_case, suite, case, out) for case in cases]
         try:
             while not all(each.done() for each in running):
@@ -71,6 +71,19 @@ def _in_processes(
     for each in running:
         each.result()
     tell()
+
+
+def begin_process() -> None:
+    """Give a process one thread, and have it end with the one that started it, however that one ends."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # nothing is half written: files take their names when they are whole
 
 
 def _keep_settings(suite: Suite, out: Path) -> None:

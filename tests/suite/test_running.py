@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -142,6 +146,39 @@ def test_two_methods_that_ask_for_the_same_edit_share_it(suite, out, monkeypatch
     made = run(both, out)
     assert len(calls) == 5  # only two changes at once are edited otherwise
     assert [row["scores"] for row in made[:3]] == [row["scores"] for row in made[4:7]]
+
+
+IN_PROCESSES = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from tav_peft.suite.running import begin_process
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin_process)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def test_the_processes_of_a_killed_run_end_with_it(tmp_path):
+    (tmp_path / "run.py").write_text(IN_PROCESSES)
+    with subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True) as run:
+        worker = int(run.stdout.readline())
+        assert not ended(worker)
+        run.kill()
+    until = time.monotonic() + 20
+    while not ended(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert ended(worker)
+
+
+def ended(process):
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_an_unknown_method_names_the_known(suite):
