@@ -114,6 +114,7 @@ def compared(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         and not (row.depth or row.guidance or row.injection or row.sampling or row.automatic or row.step)
         and all(setting.startswith(("adapter.", "training.lr")) for setting in row.settings)
         and row.temporal == "drawn"
+        and row.strength == 1
     }
     own = {name: edits for name, edits in own.items() if edits}
     shared = set.intersection(*({row["clip"] for row in edits} for edits in own.values()))

@@ -40,6 +40,15 @@ class Conditions:
         return Conditions(self.text[chosen], added)
 
 
+def joined(first: Conditions, second: Conditions) -> Conditions:
+    """Put the rows of one after the other's."""
+    if first.added is None or second.added is None:
+        return Conditions(torch.cat([first.text, second.text]))
+    pairs = first.added, second.added
+    added = {name: torch.cat([each[name] for each in pairs]) for name in first.added}
+    return Conditions(torch.cat([first.text, second.text]), added)
+
+
 @torch.no_grad()
 def encode_clip_text(
     prompts: Sequence[str], tokenizer: CLIPTokenizer, encoder: CLIPTextModel, device: torch.device

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tav_peft.conditions import Conditions
+from tav_peft.conditions import Conditions, joined
 from tav_peft.errors import TavError
 from tav_peft.inversion import Inversion
 from tav_peft.recipe import EditingSection
@@ -43,8 +44,8 @@ class Injection:
 
 
 def injection_of(how: EditingSection) -> Injection | None:
-    """Give what a recipe's settings inject: nothing in windows, nor where features are reused or merged."""
-    elsewhere = how.window is not None or how.reuse_features != 1 or how.merge_tokens > 0
+    """Give what a recipe's settings inject: nothing where features are reused or merged."""
+    elsewhere = how.reuse_features != 1 or how.merge_tokens > 0
     if elsewhere or not (how.inject_attention or how.inject_features):
         return None
     return Injection(how.inject_attention, how.inject_features)
@@ -52,10 +53,10 @@ def injection_of(how: EditingSection) -> Injection | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Injector:
-    """A prediction with the source's features in it; each injected step costs one more UNet pass, of one row.
+    """A prediction with the source's features in it; an injected step has one more row, the source's, first.
 
-    `predict` is the plain prediction, `nothing` the conditions of the empty prompt, with which the source was
-    inverted. `timesteps` are the inversion's, the cleanest first.
+    `predict` is the plain prediction, of all frames or of windows of them, `nothing` the conditions of the empty
+    prompt, with which the source was inverted. `timesteps` are the inversion's, the cleanest first.
     """
 
     injection: Injection
@@ -77,11 +78,11 @@ class Injector:
         modules = self._modules(int(timestep))
         if not modules:
             return self.predict(latents, timestep, conditions, **residuals)
-        row = self.inversion.trajectory[self.timesteps.index(int(timestep)) + 1][None]
-        with recorded(modules) as seen:
-            self.predict(row.to(latents.device, latents.dtype), timestep, self.nothing)
-        with replaced(modules, seen, rows=len(latents)):
-            return self.predict(latents, timestep, conditions, **residuals)
+        source = self.inversion.trajectory[self.timesteps.index(int(timestep)) + 1][None]
+        rows = torch.cat([source.to(latents.device, latents.dtype), latents])
+        steered = {name: _and_none(each, latents.shape[2]) for name, each in residuals.items()}
+        with first_row_for_all(modules, len(rows)):
+            return self.predict(rows, timestep, joined(self.nothing, conditions), **steered)[1:]
 
     def _modules(self, timestep: int) -> list[nn.Module]:
         """List the modules whose outputs are the source's at a timestep."""
@@ -122,32 +123,22 @@ def feature_modules(unet: InflatedUNet) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Keep the outputs of modules for a pass, in the order of `modules`."""
-    seen: dict[nn.Module, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda module, _, output: seen.__setitem__(module, output))
-        for module in modules
-    ]
-    kept: list[Tensor] = []
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-    kept.extend(seen[module] for module in modules)
+def first_row_for_all(modules: Sequence[nn.Module], rows: int) -> Iterator[None]:
+    """Have modules give what they give for the first of `rows`, (rows·frames, …), in every row for a while."""
 
+    def repeated(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.unflatten(0, (rows, -1))[:1].expand(rows, *[-1] * output.ndim).flatten(0, 1)
 
-@contextlib.contextmanager
-def replaced(modules: Sequence[nn.Module], outputs: Sequence[Tensor], *, rows: int) -> Iterator[None]:
-    """Give modules other outputs for a while: those of one row, (frames, …), for each of `rows`."""
-    instead = {
-        module: output.repeat(rows, *[1] * (output.ndim - 1))
-        for module, output in zip(modules, outputs, strict=True)
-    }
-    handles = [module.register_forward_hook(lambda module, *_: instead[module]) for module in modules]
+    handles = [module.register_forward_hook(repeated) for module in modules]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _and_none(residual: Any, frames: int) -> Any:
+    """Put zeros for a row before tensors (batch·frames, …), alone or in a list: the source is not steered."""
+    if isinstance(residual, Tensor):
+        return torch.cat([torch.zeros_like(residual[:frames]), residual])
+    return [_and_none(each, frames) for each in residual]

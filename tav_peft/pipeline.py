@@ -291,13 +291,16 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         start, inverted = self._start(inversion, latents, steps, depth)
         told = self.encode_prompts([*prompts, negative_prompt], size=self.pixel_size(start))
         streams = None if generator is None else _streams(generator, len(prompts))
-        predict = self._predictor(injection, inversion, start, reuse_features, merge_tokens)
-        whole = injection is not None or reuse_features != 1
-        if whole and window is not None and window < start.shape[2]:
-            raise TavError(
-                "Features are injected and reused in whole clips. Give no window, or neither of them."
-            )
-        predict = self._windowed(window, overlap, predict)
+        if reuse_features != 1 and window is not None and window < start.shape[2]:
+            raise TavError("Features are reused in whole clips. Give no window, or do not reuse them.")
+        plain = self._approximated(reuse_features, merge_tokens)
+        predict = self._windowed(window, overlap, plain)
+        if injection is not None:
+            if plain != self.predict:
+                raise TavError(
+                    "Features that are reused or merged cannot be injected into. Give injection or the others."
+                )
+            predict = self._injector(injection, inversion, start, predict)
         sampling = Sampling(
             predict=predict, scheduler=self.scheduler, start=start, inverted=inverted, steps=steps,
             guidance_scale=guidance_scale, guidance_interval=guidance_interval, steering=self._steering(controls, start),
@@ -364,26 +367,22 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
             )
         return KeptSource.of(mask, inversion, self.timesteps(inversion.num_inference_steps), start)
 
-    def _predictor(
+    def _approximated(self, reuse: int, merge: float) -> Callable[..., Latents]:
+        predict = TokenMerging(self.unet, self.predict, merge) if merge else self.predict
+        return FeatureReuse(self.unet, predict, reuse) if reuse != 1 else predict
+
+    def _injector(
         self,
-        injection: Injection | None,
+        injection: Injection,
         inversion: Inversion | None,
         start: Latents,
-        reuse: int,
-        merge: float,
-    ) -> Callable[..., Latents]:
-        if injection is None:
-            predict = TokenMerging(self.unet, self.predict, merge) if merge else self.predict
-            return FeatureReuse(self.unet, predict, reuse) if reuse != 1 else predict
-        if reuse != 1 or merge:
-            raise TavError(
-                "Features that are reused or merged cannot be injected into. Give injection or the others."
-            )
+        predict: Callable[..., Latents],
+    ) -> Injector:
         if inversion is None:
             raise TavError("What is injected comes from the inversion. Give an inversion, or no injection.")
         timesteps = self.timesteps(inversion.num_inference_steps)
         nothing = self.encode_prompts([""], size=self.pixel_size(start))
-        return Injector(injection, self.unet, inversion, timesteps, nothing, self.predict)
+        return Injector(injection, self.unet, inversion, timesteps, nothing, predict)
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """List the timesteps that an inversion goes through, from the cleanest to the noisiest."""

@@ -298,7 +298,7 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
 @pytest.mark.parametrize(
     ("option", "injection"),
     [
-        (["--window", "8"], None),
+        (["--window", "8"], Injection(0.5, 0.8)),
         (["--reuse-features", "2"], None),
         (["--merge-tokens", "0.5"], None),
         (["--inject-attention", "0", "--inject-features", "0"], None),

@@ -15,6 +15,7 @@ from diffusers import (
 
 from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import AdapterError, TavError
+from tav_peft.injection import Injection
 from tav_peft.video.clip import Clip
 
 
@@ -197,6 +198,27 @@ def test_an_inversion_with_a_control_comes_back_with_it(pipe, clip, controls):
     plain, both, one = error((), ()), error((control,), (control,)), error((), (control,))
     assert both < 2 * plain
     assert one > 3 * both
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "t2i_adapter"])
+def test_what_is_injected_comes_from_the_source_unsteered(pipe, clip, controls, kind, monkeypatch):
+    inversion, seen, predict = pipe.invert(clip, num_inference_steps=2), [], pipe.predict
+
+    def listening(latents, timestep, told, **residuals):
+        seen.append((len(latents), residuals))
+        return predict(latents, timestep, told, **residuals)
+
+    monkeypatch.setattr(pipe, "predict", listening)
+    how = {"inversion": inversion, "controls": [controls[kind]]}
+    injected = pipe("a man", injection=Injection(1, 1), **how).latents
+    frames = inversion.clean.shape[2]
+    for rows, residuals in seen:
+        assert rows == 3
+        for each in torch.utils._pytree.tree_leaves(residuals):
+            of_rows = each.unflatten(0, (3, frames))
+            assert not of_rows[0].any()
+            assert of_rows[1:].any()
+    assert not torch.equal(injected, pipe("a man", **how).latents)
 
 
 def test_maps_of_another_size_or_length_are_refused(pipe, clip, controls):
