@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from tav_peft.control.steering import Control
     from tav_peft.inversion import Inversion
     from tav_peft.pipeline import TuneAVideoPipeline
+    from tav_peft.recipe import EditingSection
     from tav_peft.video.clip import Clip
+
+
+_FROM_NOISE = {"depth": 1.0, "inject_attention": 0.0, "inject_features": 0.0}
 
 
 def command(  # noqa: PLR0913  (a parameter is an option)
@@ -69,30 +73,27 @@ def command(  # noqa: PLR0913  (a parameter is an option)
 ) -> None:
     """Edit the clip an adapter was tuned on; what is not given is as the adapter's recipe has it."""
     from tav_peft import formats
+    from tav_peft.injection import injection_of
     from tav_peft.inversion import Inversion
-    from tav_peft.recipe import EditingSection
     from tav_peft.sources import clip_nearby, source_of
     from tav_peft.video.clip import Clip
 
     _check_start(no_inversion, inversion, seed, depth)
     _check_mask(mask, mask_word, no_inversion)
     steering.check_pairs(control, controlnet, control_inversion)
-    injected = steering.read_injection(inject_attention, inject_features, no_inversion)
+    injected = {"inject_attention": inject_attention, "inject_features": inject_features}
+    steering.check_injection(injected, no_inversion, reuse_features, merge_tokens)
     tuned, began = formats.read(adapter), perf_counter()
     wanted = steering.all_prompts(prompt, prompts, tuned.provenance.recipe.get("edits", ()))
     given = {
         "guidance_scale": guidance, "num_inference_steps": steps, "depth": depth, "window": window, "overlap": overlap,
         "guidance_interval": steering.read_interval(guidance_interval), "reuse_features": reuse_features,
-        "merge_tokens": merge_tokens, "strength": strength,
+        "merge_tokens": merge_tokens, "strength": strength, "negative_prompt": negative_prompt,
     }  # fmt: skip
-    how = (
-        EditingSection().replace(**tuned.provenance.editing).replace(**given, negative_prompt=negative_prompt)
-    )
     files = edit_files(wanted, output or Path(f"{adapter.stem}-edits"), overwrite)
     recorded = tuned.provenance.clip
     kept = Inversion.load(inversion) if inversion else None
-    passes = steps or (kept and kept.num_inference_steps)
-    how = how.replace(num_inference_steps=passes, depth=1.0 if no_inversion else None)
+    how = _settled(tuned, given, kept, _FROM_NOISE if no_inversion else injected)
     needed = bool(clip) or not (kept or (no_inversion and not control))
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
     on = base or tuned.provenance.base.name
@@ -100,13 +101,15 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         memory.before_editing(on, tuned, how, prompts=len(wanted), batch=batch, device=device)
     pipe = options.open_base(on, device, prediction_type=prediction_type)
     _load(pipe, tuned, how.strength, lora or [], textual_inversion or [])
-    like = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
-    start: dict[str, Any] = {"fps": recorded.fps, "like": like}
+    start: dict[str, Any] = {"fps": recorded.fps}
+    start["like"] = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
     start["controls"] = _controls(pipe, control, controlnet, source if kept is None else kept.clean)
     on_inversion = start["controls"] if control_inversion else []
     _check_word(pipe, tuned, mask_word)  # before anything is inverted
     cached, chosen = False, no_inversion or depth is not None or guidance is not None
-    hows = [how if chosen else how.suited(tuned.provenance.caption, words) for words in wanted]
+    hows = [
+        how if chosen else how.suited(tuned.provenance.caption, words).replace(**injected) for words in wanted
+    ]
     if no_inversion:
         start["latents"] = pipe.noise(source if isinstance(source, Clip) else recorded, seed or 0)
     elif kept:
@@ -118,7 +121,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     if mask or mask_word:
         start["mask"] = _mask(pipe, mask, mask_word, source, start["inversion"], tuned.provenance.caption)
     with console.progress_bar("editing") as moved:
-        arguments = [own.sampling | {"injection": injected(own)} for own in hows]
+        arguments = [own.sampling | {"injection": injection_of(own)} for own in hows]
         clips = _edited(pipe, wanted, arguments, start | {"batch_size": batch, "progress": moved})
     settings = {
         "strength": how.strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
@@ -130,10 +133,22 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         for clip, words, file, own in zip(clips, wanted, files, arguments, strict=True)
     ]
     details = {
-        **_in_words(how.sampling | {"injection": injected(how)}), **settings,
+        **_in_words(how.sampling | {"injection": injection_of(how)}), **settings,
         "inversion": _told(start.get("inversion")), "from_cache": cached, "seconds": round(perf_counter() - began, 1),
     }  # fmt: skip
     console.report(files, {"edits": edits, **details}, as_json)
+
+
+def _settled(
+    tuned: "Adapter", given: dict[str, Any], kept: "Inversion | None", more: dict[str, Any]
+) -> "EditingSection":
+    """Give the adapter's own settings with what is given in their place, and a kept inversion's steps."""
+    from tav_peft.recipe import EditingSection
+
+    own = EditingSection().replace(**tuned.provenance.editing)
+    if kept is not None:
+        own = own.replace(num_inference_steps=kept.num_inference_steps)
+    return own.replace(**given).replace(**more)
 
 
 def _load(

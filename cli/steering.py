@@ -1,6 +1,6 @@
 """What --control, --controlnet, --mask and --prompts mean."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import torch
 
     from tav_peft.control.steering import Control
-    from tav_peft.injection import Injection
-    from tav_peft.recipe import EditingSection
     from tav_peft.video.clip import Clip
 
 Controls = Annotated[
@@ -105,21 +103,22 @@ def read_interval(given: str | None) -> tuple[float, float] | None:
     return first, last
 
 
-def read_injection(
-    attention: float | None, features: float | None, no_inversion: bool
-) -> "Callable[[EditingSection], Injection | None]":
-    """Tell what of the clip is injected where it is edited in one way or another: as asked, or as the recipe has it."""
-    from tav_peft.injection import Injection, injection_of
-
-    if attention is None and features is None:
-        return lambda how: None if no_inversion else injection_of(how)
+def check_injection(
+    asked: Mapping[str, float | None], no_inversion: bool, reuse: int | None, merge: float | None
+) -> None:
+    """Refuse to inject where there is no inversion to inject from, or where features are reused or merged."""
+    if not any(asked.values()):
+        return
+    if merge or (reuse or 1) != 1:
+        raise BadParameter(
+            "features that are reused or merged cannot be injected into. Leave out these or those.",
+            param_hint="--inject-attention",
+        )
     if no_inversion:
         raise BadParameter(
             "what is injected comes from the inversion. Leave out --no-inversion.",
             param_hint="--inject-attention",
         )
-    asked = Injection(attention or 0.0, features or 0.0)
-    return lambda _: asked if attention or features else None
 
 
 def read_controls(

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 
 from tav_peft.autoencoding import frames_at_once, pixels_per_latent
+from tav_peft.injection import injection_of
 from tav_peft.planning.blueprint import Blueprint
 from tav_peft.planning.device import Speed, free_memory
 from tav_peft.planning.memory import fits, recomputes, tuned_of, whole
 from tav_peft.planning.stages import Frames, Step, decoding, encoding, prediction, tuning_step
-from tav_peft.recipe import Recipe
+from tav_peft.recipe import EditingSection, Recipe
 from tav_peft.shapes import DTYPES
 from tav_peft.windows import Windows
 
 # What each stage reaches of the speeds that `Speed.measure` finds; from benchmarks/planning.py on two CPU cores.
-EFFICIENCY = {"encode": 0.65, "tune": 0.65, "invert": 0.75, "edit": 0.7, "decode": 0.8}
+EFFICIENCY = {"encode": 0.65, "tune": 0.65, "invert": 0.75, "edit": 0.7, "edit, injected": 0.7, "decode": 0.8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +142,24 @@ def _steps(
     if job.prompts:
         frames = _latents(blueprint, job, job.edited_together)
         windows = 1 if frames.count == job.frames else len(Windows(frames.count, how.overlap).of(job.frames))
-        passes = max(1, round(how.depth * how.num_inference_steps)) * windows
+        steps = max(1, round(how.depth * how.num_inference_steps))
+        injected = _injected(how, steps)
         rows = min(job.batch, job.prompts) * (2 if how.guidance_scale != 1 else 1)
-        yield "invert", passes, prediction(unet, recipe.model, frames, rows=1)
-        yield "edit", passes * ceil(job.prompts / job.batch), prediction(unet, recipe.model, frames, rows)
+        yield "invert", steps * windows, prediction(unet, recipe.model, frames, rows=1)
+        for name, passes, seen in (("edit", steps - injected, rows), ("edit, injected", injected, rows + 1)):
+            if passes:
+                times = passes * windows * ceil(job.prompts / job.batch)
+                yield name, times, prediction(unet, recipe.model, frames, seen)
         yield "decode", ceil(job.frames / together) * job.prompts, decoding(blueprint.vae, *size)
+
+
+def _injected(how: EditingSection, steps: int) -> int:
+    """Count the steps, of those that a depth leaves, into which the source is injected."""
+    injection = injection_of(how)
+    if injection is None:
+        return 0
+    share = max(injection.attention, injection.features)
+    return max(0, round(share * how.num_inference_steps) - (how.num_inference_steps - steps))
 
 
 def _latents(blueprint: Blueprint, job: Job, frames: int) -> Frames:

@@ -238,14 +238,14 @@ def test_controls_and_masks_that_cannot_be_meant_are_refused(library, tav, optio
 
 
 def test_the_settings_are_kept_beside_the_edit(library, tav):
-    words = "--guidance 7 --inject-attention 0.5 --lora style.safetensors=0.6"
+    words = "--guidance 7 --inject-attention 0.4 --lora style.safetensors=0.6"
     tav("edit", "a.safetensors", "--prompt", "a panda", *words.split())
     tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5", "--strength", "0")
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
     assert steered == {
         "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 1.0, "strength": 0.5,
         "reuse_features": 1, "merge_tokens": 0.0,
-        "lora": ["style.safetensors=0.6"], "inject_attention": 0.5, "inject_features": 0.0,
+        "lora": ["style.safetensors=0.6"], "inject_attention": 0.4, "inject_features": 0.8,
     }  # fmt: skip
     assert noise["seed"] == 5
     assert noise["strength"] == 0
@@ -253,12 +253,16 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
 
 
 def test_what_is_injected_reaches_the_edit_and_wants_an_inversion(library, tav):
-    tav("edit", "a.safetensors", "--prompt", "a panda", "--inject-features", "0.8")
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--inject-features", "0.3")
     tav("edit", "a.safetensors", "--prompt", "a fox")
-    assert [edit["injection"] for edit in library.edits] == [Injection(0.0, 0.8), Injection(0.5, 0.8)]
-    refused = tav("edit", "a.safetensors", "--prompt", "a cat", "--no-inversion", "--inject-attention", "0.5")
-    assert refused.exit_code == 2
-    assert "comes from the inversion" in refused.stderr
+    assert [edit["injection"] for edit in library.edits] == [Injection(0.5, 0.3), Injection(0.5, 0.8)]
+    for other, said in (
+        ("--no-inversion", "comes from the inversion"),
+        ("--merge-tokens=0.5", "cannot be injected into"),
+    ):
+        refused = tav("edit", "a.safetensors", "--prompt", "a cat", other, "--inject-attention", "0.5")
+        assert refused.exit_code == 2
+        assert said in refused.stderr
 
 
 def test_the_clip_is_inverted_as_deep_as_the_deepest_edit_asks(library, tav):
@@ -302,7 +306,7 @@ def test_prompts_that_change_two_things_are_sampled_as_the_recipe_has_it_unless_
         (["--reuse-features", "2"], None),
         (["--merge-tokens", "0.5"], None),
         (["--inject-attention", "0", "--inject-features", "0"], None),
-        (["--inject-attention", "0.3"], Injection(0.3, 0)),
+        (["--inject-attention", "0.3"], Injection(0.3, 0.8)),
     ],
 )
 def test_what_the_recipe_injects_gives_way_to_what_is_asked_for(library, tav, option, injection):

@@ -90,6 +90,19 @@ def test_windows_keep_memory_flat_and_are_counted(base):
     )
 
 
+def test_injected_steps_have_a_row_more(base):
+    shares = "editing.inject_attention=0.25", "editing.inject_features=0.75"
+    plain, injected = planned(base), planned(base, *shares)
+    edit, more = (stage(injected, name) for name in ("edit", "edit, injected"))
+    assert more.times == 3 * edit.times
+    assert edit.times + more.times == stage(plain, "edit").times
+    assert more.flops == pytest.approx(1.5 * edit.flops, rel=0.01)
+    half = planned(base, *shares, "editing.depth=0.5")  # the steps that a depth leaves out are of the share
+    assert stage(half, "edit, injected").times == stage(half, "edit").times
+    with pytest.raises(StopIteration):
+        stage(planned(base, *shares, "editing.reuse_features=2"), "edit, injected")
+
+
 def test_prompts_that_are_sampled_together_take_more_memory_and_fewer_steps(base):
     one, four = planned(base, prompts=4), planned(base, prompts=4, batch=4)
     assert stage(four, "edit").memory > stage(one, "edit").memory
