@@ -162,7 +162,7 @@ def test_edit_starts_from_an_inversion_that_was_made_before(inverted, tav):
     assert Clip.read(folder / edit["clip"]).frames == 8
     tav(*asked[:4], *steered, "--no-inversion", "--steps", "2", "-o", "from-noise", cwd=folder)
     for options, said in (
-        (("--strength", "0.5"), "was made with another adapter, or at another strength"),
+        (("--strength", "0.7"), "was made with another adapter, or at another strength"),
         (("--steps", "7"), "has 5 steps, 7 were asked for"),
     ):
         refused = tav(*asked, *options, "-o", "refused", cwd=folder, code=1)
