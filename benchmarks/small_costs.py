@@ -25,7 +25,6 @@ from sd15_size import parts
 
 from tav_peft import formats
 from tav_peft.adapter import Adapter
-from tav_peft.bases import fingerprint
 from tav_peft.merging import merge_files
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.unet.auditing import temporal_fingerprint
@@ -40,11 +39,12 @@ def seconds() -> tuple[float, float]:
 def made_for(pipe: TuneAVideoPipeline, adapter: Adapter) -> Adapter:
     """Say of an adapter that it was tuned on this base, whatever it was made for."""
     said = adapter.provenance
-    base = dataclasses.replace(said.base, fingerprint=fingerprint(pipe.unet))
-    start = dataclasses.replace(
-        said.temporal_init, fingerprint=temporal_fingerprint(pipe.unet, said.temporal_init.seed)
-    )
-    return dataclasses.replace(adapter, provenance=dataclasses.replace(said, base=base, temporal_init=start))
+    start = temporal_fingerprint(pipe.unet, said.temporal_init.seed)
+    news = {
+        "base": said.base.model_copy(update={"fingerprint": pipe.base_fingerprint}),
+        "temporal_init": said.temporal_init.model_copy(update={"fingerprint": start}),
+    }
+    return dataclasses.replace(adapter, provenance=said.model_copy(update=news))
 
 
 def works(folder: Path) -> dict[str, Callable[[], object]]:
