@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from adapter_files import write_adapter
 from machine import machine
-from sd15_size import parts
+from stages import open_base
 
 from tav_peft import formats
 from tav_peft.adapter import Adapter
@@ -61,7 +62,7 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
         "tav --help": command("--help"),
         "tav info, preset paper": command("info", str(paper)),
     }
-    pipe = TuneAVideoPipeline(**parts())
+    pipe = open_base("sd15", torch.float32)
     made = made_for(pipe, formats.read(paper))
 
     def attach() -> None:

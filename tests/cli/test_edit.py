@@ -38,6 +38,11 @@ def test_several_prompts_share_one_inversion(library, tav):
     assert result.stdout == "a-edits/a-panda.mp4\na-edits/a-fox-in-the-snow.mp4\n"
     assert len(library.inversions) == 1
     assert [edit["prompts"] for edit in library.edits] == [["a panda", "a fox, in the snow!"]]
+    library.recipe = library.recipe.override(["editing.two_changes={depth: 0.5, guidance_scale: 7}"])
+    tav("edit", "a.safetensors", "--prompt", "a panda", "--prompt", "a fox, in the snow!", "--overwrite")
+    assert len(library.inversions) == 2
+    assert [edit["prompts"] for edit in library.edits[1:]] == [["a panda"], ["a fox, in the snow!"]]
+    assert library.edits[1]["inversion"] is library.edits[2]["inversion"]
 
 
 def test_without_a_prompt_the_recipes_edits_are_made(library, tav):
