@@ -293,10 +293,9 @@ class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
         streams = None if generator is None else _streams(generator, len(prompts))
         if reuse_features != 1 and window is not None and window < start.shape[2]:
             raise TavError("Features are reused in whole clips. Give no window, or do not reuse them.")
-        plain = self._approximated(reuse_features, merge_tokens)
-        predict = self._windowed(window, overlap, plain)
+        predict = self._windowed(window, overlap, self._approximated(reuse_features, merge_tokens))
         if injection is not None:
-            if plain != self.predict:
+            if reuse_features != 1 or merge_tokens:
                 raise TavError(
                     "Features that are reused or merged cannot be injected into. Give injection or the others."
                 )
