@@ -1,14 +1,14 @@
 """What each stage costs in the original's way and in ours, side by side in one run, and how near the machine's limit is.
 
-    python benchmarks/stages.py --base sd15 --output benchmarks/results/stages-sd15
-    python benchmarks/stages.py --base sd15 --bf16 --output benchmarks/results/stages-sd15-bf16
-    python benchmarks/stages.py --base pocket --frames 8 --output benchmarks/results/stages-pocket
+    python benchmarks/stages.py --base sd15 --rounds 2 --output benchmarks/results/stages-sd15
+    python benchmarks/stages.py --base pocket --output benchmarks/results/stages-pocket
 
-Each round runs every stage once in each way, so that whatever else the machine does falls on both. Times are CPU seconds:
+Each round runs every stage once in each way, so that whatever else the machine does falls on all. Times are CPU seconds:
 medians, and the spread from least to most. Operations are counted (two for a multiply-add, of attention both products),
-and set against what this machine reaches in a large matrix product and convolution, measured before and after. Peak
-memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. With `--bf16` our frozen
-weights are bfloat16 and what is tuned float32, as `training.precision=bf16` has it; the original's way stays float32.
+and set against what this machine reaches in a large matrix product of the same precision, measured before and after. Peak
+memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. By default mid and up
+blocks are tuned, which are those that learn in the original; in bf16 the frozen weights are bfloat16 and what is tuned
+float32, as `training.precision=bf16` has it. The original's way is in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import statistics
@@ -36,12 +37,36 @@ from sd15_size import parts
 from tav_peft.objective import denoising_loss, draw_example
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.presets import Subset
+from tav_peft.recipe import Block
 from tav_peft.unet.trainable import trainable
 from tav_peft.video.clip import Clip
 
-WAYS = ("original", "ours", "ours, recomputing", "ours, all blocks")
-EDITING = WAYS[:2]
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the work is done: the original's way or ours, in what precision, with what kept, and what learns."""
+
+    original: bool = False
+    dtype: torch.dtype = torch.float32
+    recomputes: bool = False
+    blocks: tuple[Block, ...] = ("mid", "up")
+
+
 HALF = torch.bfloat16
+ALL: tuple[Block, ...] = ("down", "mid", "up")
+WAYS = {
+    "original": Way(original=True, recomputes=True),
+    "fp32": Way(),
+    "fp32, recomputing": Way(recomputes=True),
+    "fp32, all blocks": Way(blocks=ALL),
+    "bf16": Way(dtype=HALF),
+    "bf16, recomputing": Way(dtype=HALF, recomputes=True),
+    "bf16, all blocks": Way(dtype=HALF, blocks=ALL),
+}
+EDITING = ("original", "fp32", "bf16")
+COUNTED = "fp32"
+PRECISIONS = {"fp32": torch.float32, "bf16": HALF}
+STEPS = 50  # of inversion and of sampling; a whole job has 500 of tuning and 4 edits
 PROMPT = "a man is skiing"
 
 
@@ -53,6 +78,9 @@ def open_base(name: str, dtype: torch.dtype) -> TuneAVideoPipeline:
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.eval().to(dtype)
     return pipe
+
+
+Times = dict[str, dict[str, list[float]]]  # CPU seconds of every round, by way and stage
 
 
 class Bench:
@@ -69,16 +97,15 @@ class Bench:
         return torch.autocast("cpu", HALF, enabled=self.pipe.unet.dtype == HALF)
 
     @contextlib.contextmanager
-    def tuning(self, way: str) -> Iterator[dict[str, Callable[[], Any]]]:
+    def tuning(self, way: Way) -> Iterator[dict[str, Callable[[], Any]]]:
         """Give the parts of a tuning step, to be called in order."""
-        blocks = ("down", "mid", "up") if way == "ours, all blocks" else ("mid", "up")
-        subset, original = Subset(self.preset, blocks=blocks), way == "original"
+        subset = Subset(self.preset, blocks=way.blocks)
         generator, kept = torch.Generator().manual_seed(0), {"given": (self.moments, self.told)}
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(trainable(self.pipe.unet, subset, rank=self.rank))
-            if original or way == "ours, recomputing":
+            if way.recomputes:
                 stack.enter_context(recomputation(self.pipe))
-            if original:
+            if way.original:
                 stack.enter_context(original_attention())
             optimizer = torch.optim.AdamW(part.parameters.values(), lr=3e-5)
 
@@ -96,22 +123,22 @@ class Bench:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-            stages = {"encode": encode} if original else {}
+            stages = {"encode": encode} if way.original else {}
             yield stages | {"forward": forward, "backward": lambda: kept["loss"].backward(), "update": update}
 
     @contextlib.contextmanager
-    def editing(self, way: str) -> Iterator[dict[str, Callable[[], Any]]]:
+    def editing(self, way: Way) -> Iterator[dict[str, Callable[[], Any]]]:
         """Give the stages of an edit."""
-        pipe, latents, original = self.pipe, self.latents, way == "original"
+        pipe, latents = self.pipe, self.latents
         nothing, timestep = self.both.rows(0), 500
         stages = {
             "inversion step": lambda: pipe.predict(latents, timestep, nothing),
             "guided step": lambda: pipe.predict(latents.repeat(2, 1, 1, 1, 1), timestep, self.both),
             "decode": (lambda: decode_at_once(pipe, latents))
-            if original
+            if way.original
             else lambda: pipe.decode_latents(latents),
         }
-        with torch.no_grad(), original_attention() if original else contextlib.nullcontext():
+        with torch.no_grad(), original_attention() if way.original else contextlib.nullcontext():
             yield stages
 
 
@@ -128,53 +155,42 @@ def counted(stages: dict[str, Callable[[], Any]]) -> dict[str, int]:
     return {name: operations(stage) for name, stage in stages.items()}
 
 
-def machine_peak(dtype: torch.dtype) -> dict[str, float]:
-    """Measure GFLOP a CPU second of a matrix product of 2048² and a convolution, 320 channels on 64²; the best of six."""
-    sizes = (2048, 2048), (1, 320, 64, 64), (320, 320, 3, 3)
-    a, picture, kernel = (torch.randn(size).to(dtype) for size in sizes)
-    works = {
-        "product": (lambda: a @ a, 2 * 2048**3),
-        "convolution": (lambda: torch.conv2d(picture, kernel, padding=1), 2 * 320 * 320 * 9 * 64 * 64),
-    }
+def product_peak() -> dict[str, float]:
+    """Measure GFLOP a CPU second of a matrix product of 2048², in each precision; the best of six."""
     best = {}
-    for name, (work, count) in works.items():
-        times = []
+    for name, dtype in PRECISIONS.items():
+        a, times = torch.randn(2048, 2048).to(dtype), []
         for _ in range(6):
             began = time.process_time()
-            work()
+            a @ a
             times.append(time.process_time() - began)
-        best[name] = count / min(times) / 1e9
+        best[name] = 2 * 2048**3 / min(times) / 1e9
     return best
 
 
-def run(
-    benches: dict[str, Bench], rounds: int
-) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], int]]:
-    """Time every stage in every way, round by round, and count its operations."""
-    times: dict[tuple[str, str], list[float]] = {}
-    operations: dict[tuple[str, str], int] = {}
-    for number in range(-1, rounds):
-        for way, bench in benches.items():
-            for stages_of in (bench.tuning, bench.editing):
-                if stages_of == bench.editing and way not in EDITING:
-                    continue
-                found: dict[str, list[float]] = {}
-                with stages_of(way) as stages:
-                    if number < 0:
-                        operations |= {(way, name): count for name, count in counted(stages).items()}
-                    else:
-                        timed(stages, found)
-                for name, seconds in found.items():
-                    times.setdefault((way, name), []).extend(seconds)
+def run(benches: dict[torch.dtype, Bench], rounds: int) -> tuple[Times, dict[str, int]]:
+    """Time every stage in every way, round by round, and count the operations of one way."""
+    times: Times = {}
+    own, bench = WAYS[COUNTED], benches[WAYS[COUNTED].dtype]
+    with bench.tuning(own) as stages:
+        counts = counted(stages)
+    with bench.editing(own) as stages:
+        counts |= counted(stages)
+    for number in range(rounds):
+        for name, way in WAYS.items():
+            bench, found = benches[way.dtype], times.setdefault(name, {})
+            with bench.tuning(way) as stages:
+                timed(stages, found)
+            if name in EDITING:
+                with bench.editing(way) as stages:
+                    timed(stages, found)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    for way in WAYS:
-        parts = [values for (own, name), values in times.items() if own == way and name in
-                 ("encode", "forward", "backward", "update")]  # fmt: skip
-        times[way, "tuning step"] = [sum(values) for values in zip(*parts, strict=True)]
-        operations[way, "tuning step"] = sum(
-            operations[way, name] for name in ("encode", "forward", "backward") if (way, name) in operations
-        )
-    return times, operations
+    parts = ("encode", "forward", "backward", "update")
+    for found in times.values():
+        each = [found[part] for part in parts if part in found]
+        found["tuning step"] = [sum(values) for values in zip(*each, strict=True)]
+    counts["tuning step"] = sum(counts[part] for part in parts if part in counts)
+    return times, counts
 
 
 def peak_memory(arguments: list[str], way: str, what: str) -> float:
@@ -183,37 +199,69 @@ def peak_memory(arguments: list[str], way: str, what: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def table(times: dict[Any, list[float]], operations: dict[Any, int], peak: dict[str, float]) -> str:
-    """Write the table in Markdown."""
-    lines = [
-        f"| stage | original's way | {' | ratio | '.join(WAYS[1:])} | ratio | ours: GFLOP, share of the peak |",
-        "|---" * (1 + 2 * len(WAYS)) + "|",
-    ]
-    names = [name for way, name in times if way == "original"]
-    for name in [*names]:
-        cells = [name]
-        base = statistics.median(times["original", name])
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def whole_jobs(times: Times) -> dict[str, dict[str, float]]:
+    """Add up what an edit, and 500 steps of tuning with one inversion and four edits, take in each way, from medians."""
+    jobs: dict[str, dict[str, float]] = {}
+    for way in EDITING:
+        step = {name: statistics.median(values) for name, values in times[way].items()}
+        sampled = STEPS * step["guided step"] + step["decode"]
+        jobs[way] = {
+            "an edit": STEPS * step["inversion step"] + sampled,
+            "500 steps, 4 edits": 500 * step["tuning step"] + STEPS * step["inversion step"] + 4 * sampled,
+        }
+    return jobs
+
+
+def seconds_table(times: Times) -> str:
+    """Write medians with their spread, and how many times as fast as in the original's way."""
+    lines = [f"| stage | {' | '.join(WAYS)} |", "|---" * (1 + len(WAYS)) + "|"]
+    for stage, base in times["original"].items():
+        cells = []
         for way in WAYS:
-            values = times.get((way, name))
+            values = times[way].get(stage)
             if values is None:
-                cells += [""] * (1 + (way != "original"))
+                cells.append("")
                 continue
             middle = statistics.median(values)
-            cells.append(f"{middle:.3g} ({min(values):.3g} to {max(values):.3g})")
-            if way != "original":
-                cells.append(f"{base / middle:.2f}")
-        count, own = operations.get(("ours", name), 0), times.get(("ours", name))
-        if count and own:
-            rate = count / statistics.median(own) / 1e9
-            cells.append(f"{count / 1e9:.0f}, {100 * rate / peak['product']:.0f} %")
-        else:
-            cells.append("")
-        lines.append("| " + " | ".join(cells) + " |")
+            ratio = "" if way == "original" else f", **{statistics.median(base) / middle:.2f}**"
+            cells.append(f"{middle:.3g} ({min(values):.3g} to {max(values):.3g}){ratio}")
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    jobs = whole_jobs(times)
+    for job, base_seconds in jobs["original"].items():
+        cells = [
+            (f"{jobs[way][job]:,.0f}, **{base_seconds / jobs[way][job]:.2f}**" if way in jobs else "")
+            for way in WAYS
+        ]
+        lines.append(f"| {job} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def peak_table(times: Times, counts: dict[str, int], peak: dict[str, float]) -> str:
+    """Write what each stage multiplies and adds, and which share of the machine's peak that is, in each precision."""
+    lines = ["| stage | GFLOP | share of the peak in fp32 | in bf16 |", "|---|---|---|---|"]
+    for stage, count in counts.items():
+        if count:
+            shares = [count / statistics.median(times[way][stage]) / 1e9 / peak[way] for way in PRECISIONS]
+            lines.append(f"| {stage} | {count / 1e9:.0f} | {shares[0]:.0%} | {shares[1]:.0%} |")
+    return "\n".join(lines)
+
+
+def memory_table(peaks: dict[str, dict[str, float]]) -> str:
+    """Write the peaks of memory, and which share of the original's they are."""
+    lines = [f"| peak memory, GiB | {' | '.join(WAYS)} |", "|---" * (1 + len(WAYS)) + "|"]
+    for what, own in peaks.items():
+        cells = [
+            f"{own[way]:.2f}, **{own[way] / own['original']:.2f}**" if way in own else "" for way in WAYS
+        ]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure, and write a CSV and a table."""
+    """Measure, and write a CSV and tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", choices=("pocket", "sd15"), default="pocket")
     parser.add_argument("--frames", type=int, default=8)
@@ -222,53 +270,44 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="name of the files, without .csv and .md")
-    parser.add_argument("--bf16", action="store_true", help="ours with frozen weights in bfloat16")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     side = options.size or {"pocket": 64, "sd15": 256}[options.base]
     pixels = np.random.default_rng(0).integers(0, 255, (options.frames, side, side, 3), dtype=np.uint8)
     before = memory("VmHWM")
-    dtype = HALF if options.bf16 else torch.float32
 
-    def opened(own: torch.dtype) -> Bench:
-        return Bench(open_base(options.base, own), Clip(pixels, 8.0), options.preset, options.rank)
+    def opened(dtype: torch.dtype) -> Bench:
+        return Bench(open_base(options.base, dtype), Clip(pixels, 8.0), options.preset, options.rank)
 
     if options.memory:
-        way, what = options.memory.split(":")
-        bench = opened(torch.float32 if way == "original" else dtype)
-        with (bench.tuning if what == "tuning" else bench.editing)(way) as stages:
+        name, what = options.memory.split(":")
+        bench = opened(WAYS[name].dtype)
+        with (bench.tuning if what == "tuning" else bench.editing)(WAYS[name]) as stages:
             for _ in range(2 if what == "tuning" else 1):  # the first step makes the optimizer's state
                 for stage in stages.values():
                     stage()
         print((memory("VmHWM") - before) / 2**30)
         return
-    given = [
-        f"--base={options.base}",
-        f"--frames={options.frames}",
-        f"--size={side}",
-        f"--preset={options.preset}",
-        *(["--bf16"] if options.bf16 else []),
-    ]
-    peak = machine_peak(dtype)
-    kept = {own: opened(own) for own in {torch.float32, dtype}}
-    benches = {way: kept[torch.float32 if way == "original" else dtype] for way in WAYS}
-    times, counts = run(benches, options.rounds)
-    again = machine_peak(dtype)
+    given = [f"--base={options.base}", f"--frames={options.frames}", f"--size={side}",
+             f"--preset={options.preset}", f"--rank={options.rank}"]  # fmt: skip
+    peak = product_peak()
+    times, counts = run({dtype: opened(dtype) for dtype in PRECISIONS.values()}, options.rounds)
+    again = product_peak()
     peak = {name: max(value, again[name]) for name, value in peak.items()}
-    del benches, kept
     peaks = {
-        f"{way}, {what}": round(peak_memory(given, way, what), 2)
+        what: {way: peak_memory(given, way, what) for way in ways}
         for what, ways in (("tuning", WAYS), ("editing", EDITING))
-        for way in ways
     }
     libraries = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "peft"))
+    rates = " and ".join(f"{rate:.0f} in {name}" for name, rate in peak.items())
     text = "\n\n".join([
-        f"{options.base}, {options.frames} frames of {side}², preset {options.preset}"
-        f"{', ours with frozen weights in bf16' if options.bf16 else ''}; {options.rounds} rounds, CPU "
-        f"seconds, median (least to most). {machine()}, {libraries}, {os.cpu_count()} cores. "
-        f"Peak: matrix product {peak['product']:.0f}, convolution {peak['convolution']:.0f} GFLOP a CPU second.",
-        table(times, counts, peak),
-        "Peak memory beyond the libraries, GiB: " + "; ".join(f"{what} {gib}" for what, gib in peaks.items()) + ".",
+        f"{options.base}, {options.frames} frames of {side}², preset {options.preset}; {options.rounds} rounds, CPU "
+        f"seconds, median (least to most), and in bold how many times as fast as in the original's way. {machine()}, "
+        f"{libraries}, {os.cpu_count()} cores, {rates} GFLOP a CPU second in a matrix product.",
+        seconds_table(times),
+        peak_table(times, counts, peak),
+        "Beyond the libraries, and in bold as a share of the original's way:",
+        memory_table(peaks),
     ])  # fmt: skip
     print(text)
     if options.output:
@@ -276,17 +315,13 @@ def main() -> None:
         options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
         with options.output.with_suffix(".csv").open("w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(["way", "stage", "gflop", *(f"cpu_seconds_{n + 1}" for n in range(options.rounds))])
-            for (way, name), values in times.items():
-                rows.writerow(
-                    [
-                        way,
-                        name,
-                        round(counts.get((way, name), 0) / 1e9, 1),
-                        *(round(v, 3) for v in values),
-                    ]
+            rows.writerow(["way", "stage", *(f"cpu_seconds_{n + 1}" for n in range(options.rounds))])
+            for way, found in times.items():
+                rows.writerows(
+                    [way, stage, *(round(v, 3) for v in values)] for stage, values in found.items()
                 )
-        options.output.with_suffix(".json").write_text(json.dumps({"peak": peak, "memory": peaks}) + "\n")
+        known = {"peak": peak, "operations": counts, "memory": peaks}
+        options.output.with_suffix(".json").write_text(json.dumps(known) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     ] = False,
     seed: Annotated[int | None, Option(min=0, help="Of the noise, with --no-inversion.")] = None,
     device: options.Device = None,
+    precision: options.Precision = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
     ignore_memory: options.IgnoreMemory = False,
@@ -98,8 +99,10 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     source: Any = source_of(tuned, adapter, clip) if needed else recorded
     on = base or tuned.provenance.base.name
     if not ignore_memory:
-        memory.before_editing(on, tuned, how, prompts=len(wanted), batch=batch, device=device)
-    pipe = options.open_base(on, device, prediction_type=prediction_type)
+        memory.before_editing(
+            on, tuned, how, prompts=len(wanted), batch=batch, device=device, precision=precision
+        )
+    pipe = options.open_base(on, device, precision, prediction_type=prediction_type)
     _load(pipe, tuned, how.strength, lora or [], textual_inversion or [])
     start: dict[str, Any] = {"fps": recorded.fps}
     start["like"] = source if isinstance(source, Clip) else kept and clip_nearby(tuned, adapter)  # its sound
@@ -126,7 +129,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     settings = {
         "strength": how.strength, "lora": lora, "textual_inversion": textual_inversion, "control": control,
         "controlnet": controlnet, "control_inversion": control_inversion, "mask": mask, "mask_word": mask_word,
-        "seed": (seed or 0) if no_inversion else None,
+        "seed": (seed or 0) if no_inversion else None, "precision": precision,
     }  # fmt: skip
     edits = [
         write_edit(clip, words, file, _in_words(own) | settings)

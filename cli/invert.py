@@ -30,6 +30,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
     ] = False,
     strength: options.Strength = None,
     device: options.Device = None,
+    precision: options.Precision = None,
     output: options.Output = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
@@ -50,7 +51,8 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         raise BadParameter("ddim makes one pass a step. Add --method fixed_point.", param_hint="--iterations")
     target = check_free(output or Path(f"{clip.stem}.inversion.safetensors"), overwrite)
     source = read_as_tuned(tuned, clip)
-    pipe = options.open_base(base or tuned.provenance.base.name, device, prediction_type=prediction_type)
+    on = base or tuned.provenance.base.name
+    pipe = options.open_base(on, device, precision, prediction_type=prediction_type)
     pipe.load_adapter(tuned, strength=how.strength)
     with console.progress_bar("inverting") as moved:
         inversion = pipe.invert(source, **how.inverting, progress=moved)

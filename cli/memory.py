@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from tav_peft.cli.options import place_of, precision_on
+from tav_peft.cli.options import place_of
 
 if TYPE_CHECKING:
     from tav_peft.adapter import Adapter
@@ -20,7 +20,14 @@ def before_tuning(base: str, recipe: "Recipe", clip: "Clip", device: str | None,
 
 
 def before_editing(
-    base: str, tuned: "Adapter", how: "EditingSection", *, prompts: int, batch: int, device: str | None
+    base: str,
+    tuned: "Adapter",
+    how: "EditingSection",
+    *,
+    prompts: int,
+    batch: int,
+    device: str | None,
+    precision: str | None,
 ) -> None:
     """Refuse edits that do not fit."""
     from tav_peft.planning import Job
@@ -29,7 +36,7 @@ def before_editing(
     clip, recipe = tuned.provenance.clip, Recipe(model=tuned.provenance.model, editing=how)
     if clip.frames * clip.height * clip.width:  # of a run imported without its config they are not known
         job = Job(recipe, clip.frames, clip.height, clip.width, prompts, batch, tunes=False)
-        _recompute(base, job, device, None, "--ignore-memory")
+        _recompute(base, job, device, precision, "--ignore-memory")
 
 
 def _recompute(base: str, job: "Job", device: str | None, precision: str | None, anyway: str) -> bool:
@@ -39,7 +46,7 @@ def _recompute(base: str, job: "Job", device: str | None, precision: str | None,
     from tav_peft.errors import BaseModelError
     from tav_peft.planning.blueprint import Blueprint
     from tav_peft.planning.check import check_memory
-    from tav_peft.shapes import DTYPES
+    from tav_peft.shapes import DTYPES, precision_on
 
     try:
         blueprint = Blueprint.of(base)

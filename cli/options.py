@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
@@ -46,6 +46,10 @@ PredictionType = Annotated[
 Device = Annotated[
     str | None, Option("--device", help="cpu, cuda, cuda:1, mps. Not given: a GPU if there is one.")
 ]
+Precision = Annotated[
+    Literal["fp32", "fp16", "bf16"] | None,
+    Option("--precision", help="Of the base's weights. Not given: fp16 on CUDA, fp32 elsewhere."),
+]
 Strength = Annotated[
     float | None,
     Option(
@@ -72,7 +76,7 @@ def open_base(
     """
     place = place_of(device)
     from tav_peft.pipeline import TuneAVideoPipeline
-    from tav_peft.shapes import DTYPES
+    from tav_peft.shapes import DTYPES, precision_on
 
     hush()
     chosen = precision or precision_on(place)
@@ -84,11 +88,6 @@ def open_base(
 def place_of(device: str | None) -> str:
     """Give the device asked for, if it can be used here, or the fastest there is."""
     return _usable(device) if device else _fastest()
-
-
-def precision_on(device: str) -> str:
-    """Give the precision of a base's weights on a device, where none is asked for."""
-    return "fp16" if device.startswith("cuda") else "fp32"
 
 
 def hush() -> None:

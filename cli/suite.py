@@ -38,6 +38,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         bool,
         Option("--thorough", help="All of the methods on all clips; of pocket's, most are on four only."),
     ] = False,
+    device: options.Device = None,
     jobs: Annotated[int, Option(min=1, help="Processes, each with one thread and a clip at a time.")] = 1,
     as_json: options.AsJson = False,
 ) -> None:
@@ -58,6 +59,7 @@ def command(  # noqa: PLR0913  (a parameter is an option)
         cases, tuple(method or (QUICK if quick else METHODS)),
         Recipe.load(recipe).override([*(QUICK_SETTINGS if quick else () if data else SETTINGS), *(settings or ())]),
         base, seeds, clip_model, pick_model, None if data or thorough or quick else QUICK_CLIPS,
+        options.place_of(device),
     )  # fmt: skip
     with console.progress_bar("editing") as moved:
 

@@ -58,7 +58,7 @@ def _base_of(
         return None  # `verify` says what is wrong with the file
     if base is None and not at_hand(made.base.name):
         return None
-    # fp32 and bf16 as they were: more exact for the one, and a fingerprint of its own for the other
+    # fp32 and bf16 as they were: more exact for the one, and rounded alike for the other
     precision = made.probe.precision if made.probe and made.probe.precision != "fp16" else None
     return options.open_base(base or made.base.name, device, precision, prediction_type=prediction_type)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import nn
 
 from tav_peft import bases
 from tav_peft.bases import single_file
@@ -22,9 +24,26 @@ if TYPE_CHECKING:
 
 
 class BaseLoading(DiffusionPipeline):  # type: ignore[misc]
-    """The part of a pipeline that reads and writes bases."""
+    """The part of a pipeline that reads, knows and writes its base."""
 
     unet: InflatedUNet
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base, without folders of this machine."""
+        location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
+        return bases.name_of(location) if location else "unnamed"
+
+    @property
+    def base_license(self) -> str | None:
+        """Licence of the base as its model card states it."""
+        location = self.config.get("_name_or_path")
+        return bases.license_of(location) if location else None
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str:
+        """Hash of the base's query projections; taken before the first adapter changes them, then kept."""
+        return bases.fingerprint(self.unet)
 
     @classmethod
     def from_pretrained(cls, base: str | Path, *, prediction_type: str | None = None, **kwargs: Any) -> Self:
@@ -39,7 +58,10 @@ class BaseLoading(DiffusionPipeline):  # type: ignore[misc]
 
         """
         location = bases.locate(base)
-        kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
+        dtype = kwargs.setdefault("dtype", torch.float32)  # all parts alike, whatever the files hold
+        given = set(kwargs)
+        if dtype == torch.bfloat16:
+            kwargs["dtype"] = torch.float32  # bfloat16 would lose what the fingerprint is taken of
         if prediction_type is not None:
             check_prediction_type(prediction_type)
         with refused(BaseModelError, f"{base} cannot be loaded as a base"):
@@ -51,6 +73,11 @@ class BaseLoading(DiffusionPipeline):  # type: ignore[misc]
         for model in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):
             if model is not None:
                 model.requires_grad_(False)
+        if dtype == torch.bfloat16:
+            _ = pipe.base_fingerprint  # taken now, and kept
+            for name, part in pipe.components.items():
+                if isinstance(part, nn.Module) and name not in given:
+                    nn.Module.to(part, dtype)  # diffusers' own `to` warns of what does not matter here
         return pipe
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, cast
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
-from tav_peft import bases, formats
+from tav_peft import formats
 from tav_peft.adapter import Adapter
+from tav_peft.base_loading import BaseLoading
 from tav_peft.errors import AdapterError, TavError
 from tav_peft.image_loras import ImageLoras
 from tav_peft.unet.attaching import Attachments, Strength
@@ -22,11 +22,8 @@ from tav_peft.unet.inflation import InflatedUNet
 _LOG = logging.getLogger(__name__)
 
 
-class AdapterLoading(TextualInversionLoaderMixin):  # type: ignore[misc]
-    """The part of a pipeline that loads and unloads, and knows the base below."""
-
-    unet: InflatedUNet
-    config: Any
+class AdapterLoading(TextualInversionLoaderMixin, BaseLoading):  # type: ignore[misc]
+    """The part of a pipeline that loads and unloads what goes onto its base."""
 
     def _prepare_loading(self, unet: InflatedUNet, encoders: Mapping[str, nn.Module | None]) -> None:
         """Begin with nothing on the UNet and on the text encoders, which are those by a diffusers pipeline's names."""
@@ -38,23 +35,6 @@ class AdapterLoading(TextualInversionLoaderMixin):  # type: ignore[misc]
     def _acting(self) -> list[dict[str, Any]]:
         """Say in plain values what acts on the UNet, each with its strength."""
         return [*self._attachments.record(), *self._image_loras.record()]
-
-    @property
-    def base_name(self) -> str:
-        """Name of the base, without folders of this machine."""
-        location = self.config.get("_name_or_path")  # not there when the pipeline was put together by hand
-        return bases.name_of(location) if location else "unnamed"
-
-    @property
-    def base_license(self) -> str | None:
-        """Licence of the base as its model card states it."""
-        location = self.config.get("_name_or_path")
-        return bases.license_of(location) if location else None
-
-    @functools.cached_property
-    def base_fingerprint(self) -> str:
-        """Hash of the base's query projections; taken before the first adapter changes them, then kept."""
-        return bases.fingerprint(self.unet)
 
     def load_adapter(
         self,

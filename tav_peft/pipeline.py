@@ -15,7 +15,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from tav_peft import autoencoding
 from tav_peft.adapter import ClipInfo
-from tav_peft.base_loading import BaseLoading
 from tav_peft.conditions import Conditions, encode_clip_text, encode_sdxl_text
 from tav_peft.control.steering import Control, Steering
 from tav_peft.errors import BaseModelError, TavError
@@ -43,7 +42,7 @@ class EditOutput:
     latents: Latents
 
 
-class TuneAVideoPipeline(AdapterLoading, BaseLoading):  # type: ignore[misc]
+class TuneAVideoPipeline(AdapterLoading):  # type: ignore[misc]
     """Edit a clip by prompt with a base model inflated to video and adapters tuned on the clip.
 
     The base is a Stable Diffusion 1.x, 2.x or XL, the last with its second text encoder and tokenizer. `pipe.unet` is

@@ -1,6 +1,6 @@
 """Named tensor shapes, checked in the tests, and precisions."""
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -19,3 +19,8 @@ TextStates: TypeAlias = Float[Tensor, "batch tokens text_features"]
 Pixels: TypeAlias = Float[Tensor, "batch 3 frames height width"]  # in [-1, 1]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def precision_on(device: str) -> Literal["fp16", "fp32"]:
+    """Give the precision of a base's weights on a device, where none is asked for."""
+    return "fp16" if device.startswith("cuda") else "fp32"

@@ -201,7 +201,7 @@ _OPTIONS = {"guidance_scale": "guidance", "num_inference_steps": "steps"} | {
     for name in (
         "depth", "negative_prompt", "strength", "window", "overlap", "lora", "textual_inversion", "control", "controlnet",
         "control_inversion", "guidance_interval", "reuse_features", "merge_tokens", "mask", "mask_word",
-        "inject_attention", "inject_features", "seed",
+        "inject_attention", "inject_features", "seed", "precision",
     )
 }  # fmt: skip
 _OF_INVERSION = {"depth", "inject_attention", "inject_features"}

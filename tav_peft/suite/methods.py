@@ -11,7 +11,7 @@ import torch
 from tav_peft.injection import Injection, injection_of
 from tav_peft.inversion import Inversion, timestep_pairs
 from tav_peft.pipeline import TuneAVideoPipeline
-from tav_peft.recipe import EditingSection
+from tav_peft.recipe import EditingSection, Precision
 from tav_peft.shapes import Latents
 from tav_peft.suite.temporal_start import TemporalStart
 from tav_peft.video.clip import Clip
@@ -30,7 +30,8 @@ class Method:
     Without `tuned` the base edits as it is, in the variant that the settings name. `drawn` makes nothing: it is the
     ideal edit of a pocket clip, which says what the scores can be at best. `step` takes the adapter that the trail of a
     longer tuning kept at that step, `temporal` is what T-Attn starts from. `few` is made on a few clips only, and
-    `seeds` is with how many seeds it is made on those.
+    `seeds` is with how many seeds it is made on those. The base edits with weights of `precision`, where that is not
+    said as `tav edit` would.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Method:
     few: bool = False
     seeds: int = 1
     automatic: bool = False
+    precision: Precision | None = None
 
     def of(
         self, kind: str, prompt: str, caption: str, how: EditingSection
@@ -69,6 +71,7 @@ def _lite(title: str, method: str, rank: int, rate: str, **how: Any) -> Method:
     return Method(f"{title}, rank {rank}", settings, **how)
 
 
+_BF16 = ("training.precision=bf16",)
 _LONG = ("training.steps=600", "training.save_every=50")  # whose trail has the shorter ones
 METHODS: dict[str, Method] = {
     "ideal": Method("the ideal edit, drawn", start="drawn", tuned=False),
@@ -134,6 +137,8 @@ METHODS: dict[str, Method] = {
     "merge_50": Method("half of the positions merged", sampling={"merge_tokens": 0.5}, few=True),
     "full_attention": Method("full attention between frames", ("model.attention=full",), few=True),
     "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
+    "bf16_tuning": Method("tuned in bf16", _BF16, few=True, seeds=3),
+    "bf16": Method("tuned and edited in bf16", _BF16, few=True, seeds=3, precision="bf16"),
     "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),
 }
 QUICK = ("ideal", "full", "automatic", "no_inversion", "no_tuning", "no_st_attn", "per_frame")

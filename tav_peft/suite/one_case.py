@@ -13,8 +13,9 @@ from tav_peft.errors import TavError
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.pocket import truth
 from tav_peft.pocket.clips import PocketClip
-from tav_peft.recipe import EditingSection, Recipe
+from tav_peft.recipe import EditingSection, Precision, Recipe
 from tav_peft.scoring import score
+from tav_peft.shapes import DTYPES, precision_on
 from tav_peft.suite.cases import Case
 from tav_peft.suite.loveu import write_edit
 from tav_peft.suite.methods import METHODS, start_of
@@ -30,13 +31,21 @@ SUBMISSIONS = "submissions"
 
 @dataclasses.dataclass(frozen=True)
 class _Bench:
-    """A case on a pipeline, and where its results go."""
+    """A case, where its results go, and the pipelines that it was needed on."""
 
     suite: Suite
     case: Case
     out: Path
-    pipe: TuneAVideoPipeline
     clip: Clip
+    pipes: dict[Precision, TuneAVideoPipeline] = dataclasses.field(default_factory=dict)
+
+    def pipe(self, precision: Precision) -> TuneAVideoPipeline:
+        """Give the base with weights of a precision, loaded once."""
+        if precision not in self.pipes:
+            pipe = TuneAVideoPipeline.from_pretrained(self.suite.base, dtype=DTYPES[precision])
+            pipe.set_progress_bar_config(disable=True)
+            self.pipes[precision] = pipe.to(self.suite.device)
+        return self.pipes[precision]
 
 
 class _Setup(NamedTuple):
@@ -47,22 +56,22 @@ class _Setup(NamedTuple):
     temporal: TemporalStart
     step: int | None
     strength: float
+    precision: Precision
     seed: int
 
 
 def run_case(suite: Suite, case: Case, out: Path, tell: Callable[[], None] = lambda: None) -> None:
     """Make the rows of one case that are not there yet."""
-    pipe = TuneAVideoPipeline.from_pretrained(suite.base)
-    pipe.set_progress_bar_config(disable=True)
-    bench = _Bench(suite, case, out, pipe, case.clip(**suite.recipe.clip.model_dump()))
+    bench = _Bench(suite, case, out, case.clip(**suite.recipe.clip.model_dump()))
     setups: dict[_Setup, list[str]] = {}
     for name, seed in rows_left(suite, case, out):
         own, usual = METHODS[name], suite.recipe.editing.strength
         strength = usual if own.automatic else own.strength
-        setup = _Setup(own.settings, own.tuned, own.temporal, own.step, strength, seed)
+        precision = own.precision or precision_on(suite.device)
+        setup = _Setup(own.settings, own.tuned, own.temporal, own.step, strength, precision, seed)
         setups.setdefault(setup, []).append(name)
     for setup, names in setups.items():
-        with _prepared(bench, setup) as recipe:
+        with _prepared(bench, setup) as (pipe, recipe):
             starts: dict[str, Any] = {}
             made: _Made = {}
             for name in names:
@@ -70,7 +79,9 @@ def run_case(suite: Suite, case: Case, out: Path, tell: Callable[[], None] = lam
                 if kind not in starts:
                     starts[kind] = start_of(METHODS[name], pipe, bench.clip, steps=steps, seed=setup.seed)
                 about = {"set": case.group, "clip": case.name, "method": name, "seed": setup.seed}
-                rows = [{**about, **row} for row in _edits(bench, name, starts[kind], recipe.editing, made)]
+                rows = [
+                    {**about, **row} for row in _edits(bench, pipe, name, starts[kind], recipe.editing, made)
+                ]
                 with whole(row_file(out, case, name, setup.seed), TavError) as part:
                     part.write_text(json.dumps(rows, indent=1))
                 tell()
@@ -80,7 +91,7 @@ _Made = dict[Any, tuple[Clip, dict[str, Any]]]  # edits and their scores, which 
 
 
 def _edits(
-    bench: _Bench, name: str, start: Any, how: EditingSection, made: _Made
+    bench: _Bench, pipe: TuneAVideoPipeline, name: str, start: Any, how: EditingSection, made: _Made
 ) -> Iterator[dict[str, Any]]:
     """Make, keep and score the edits of a case by a method."""
     method, case = METHODS[name], bench.case
@@ -96,7 +107,7 @@ def _edits(
                 assert ideal is not None
                 edit = ideal.render()
             else:
-                (edit,) = bench.pipe(
+                (edit,) = pipe(
                     prompt, inversion=start[0], latents=start[1], num_inference_steps=how.num_inference_steps,
                     guidance_scale=guidance, depth=depth, negative_prompt=how.negative_prompt, like=bench.clip,
                     injection=injection, **method.sampling,
@@ -116,27 +127,28 @@ def _scored(bench: _Bench, edit: Clip, prompt: str, ideal: PocketClip | None) ->
 
 
 @contextlib.contextmanager
-def _prepared(bench: _Bench, setup: _Setup) -> Iterator[Recipe]:
+def _prepared(bench: _Bench, setup: _Setup) -> Iterator[tuple[TuneAVideoPipeline, Recipe]]:
     """Load the adapter of these settings, tuned now if it is not there; or give the base in their variant."""
-    first, pipe = bench.suite.recipe.training.seed, bench.pipe
+    first, pipe = bench.suite.recipe.training.seed, bench.pipe(setup.precision)
     recipe = bench.suite.recipe.override([*setup.settings, f"training.seed={first + setup.seed}"])
     if not setup.tuned:
         with pipe.unet.as_variant(recipe.model):
-            yield recipe
+            yield pipe, recipe
         return
     pipe.load_adapter(_adapter(bench, setup, recipe), "suite", strength=setup.strength)
     try:
-        yield recipe
+        yield pipe, recipe
     finally:
         pipe.unload_adapter("suite")
 
 
 def _adapter(bench: _Bench, setup: _Setup, recipe: Recipe) -> Path:
     """Give the file of the adapter that a setup asks for, tuned now if it is not there."""
-    pipe, case = bench.pipe, bench.case
+    case = bench.case
     settings = [*setup.settings, *([] if setup.temporal == "drawn" else [setup.temporal])]
     file = adapter_file(bench.out, case, settings, setup.seed)
     if not file.exists():
+        pipe = bench.pipe(recipe.training.precision)
         with started_from(pipe.unet, setup.temporal, recipe.training.seed):
             tune(pipe, bench.clip, case.caption, recipe, output=file)
     return Trail(file).at_step(setup.step) if setup.step not in (None, recipe.training.steps) else file

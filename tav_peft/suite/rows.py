@@ -31,6 +31,7 @@ class Suite:
     clip_model: str = "pocket-clip"
     pick_model: str | None = None
     few: Collection[str] | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]

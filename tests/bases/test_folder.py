@@ -282,3 +282,22 @@ def test_what_is_no_base_is_refused_with_what_is_allowed(tmp_path, folder):
     refused(tmp_path / "empty", r"give one of them \(model\.safetensors\)")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     refused(tmp_path / "empty", "It is an adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_another_precision_is_rounded_and_still_the_same_base(dtype, base, pipe):
+    rounded = TuneAVideoPipeline.from_pretrained(base, dtype=dtype)
+    assert rounded.base_fingerprint == pipe.base_fingerprint
+    for name in ("unet", "vae", "text_encoder"):
+        whole = getattr(pipe, name).state_dict()
+        own = getattr(rounded, name).state_dict()
+        assert all(
+            torch.equal(own[key], tensor.to(dtype))
+            for key, tensor in whole.items()
+            if tensor.is_floating_point()
+        )
+
+
+def test_a_part_that_was_given_keeps_its_precision(base, flat):
+    pipe = TuneAVideoPipeline.from_pretrained(base, unet=flat, dtype=torch.bfloat16)
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.float32, torch.bfloat16)

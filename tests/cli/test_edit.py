@@ -243,7 +243,7 @@ def test_controls_and_masks_that_cannot_be_meant_are_refused(library, tav, optio
 
 
 def test_the_settings_are_kept_beside_the_edit(library, tav):
-    words = "--guidance 7 --inject-attention 0.4 --lora style.safetensors=0.6"
+    words = "--guidance 7 --inject-attention 0.4 --lora style.safetensors=0.6 --precision bf16"
     tav("edit", "a.safetensors", "--prompt", "a panda", *words.split())
     tav("edit", "a.safetensors", "--prompt", "a fox", "--no-inversion", "--seed", "5", "--strength", "0")
     steered, noise = (Record.beside(Path(f"a-edits/{name}.mp4")).settings for name in ("a-panda", "a-fox"))
@@ -251,6 +251,7 @@ def test_the_settings_are_kept_beside_the_edit(library, tav):
         "guidance_scale": 7.0, "guidance_interval": [0.0, 1.0], "num_inference_steps": 50, "depth": 1.0, "strength": 0.5,
         "reuse_features": 1, "merge_tokens": 0.0,
         "lora": ["style.safetensors=0.6"], "inject_attention": 0.4, "inject_features": 0.8,
+        "precision": "bf16",
     }  # fmt: skip
     assert noise["seed"] == 5
     assert noise["strength"] == 0

@@ -69,8 +69,8 @@ def test_only_what_an_edit_had_otherwise_is_said(folder):
     assert f"--prompt '{SNOW}' --inject-features 0.0 -o snow.gif" in text_of(
         folder
     )  # pocket's attention is 0.5
-    Record(SNOW, injected | {"seed": 3}).write(folder / "snow.gif")
-    assert f"--prompt '{SNOW}' --no-inversion --seed 3 -o snow.gif" in text_of(folder)
+    Record(SNOW, injected | {"seed": 3, "precision": "bf16"}).write(folder / "snow.gif")
+    assert f"--prompt '{SNOW}' --no-inversion --seed 3 --precision bf16 -o snow.gif" in text_of(folder)
 
 
 def test_a_reconstruction_is_shown_with_its_psnr(folder):

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -131,6 +133,31 @@ def test_steps_are_taken_from_the_trail_of_one_tuning(suite, out, monkeypatch):
     assert [each.provenance.step for each in made] == [1, 2, 3]
     frames = [Image.open(out / "submissions" / name / "set/one/object/00000.jpg") for name in steps]
     assert len({frame.tobytes() for frame in frames}) == 3
+
+
+def test_a_method_tunes_in_the_precision_of_its_recipe_and_edits_in_its_own(suite, out, monkeypatch):
+    tuned, edited, opened = [], [], one_case.TuneAVideoPipeline.from_pretrained
+    tune, start_of = one_case.tune, one_case.start_of
+    monkeypatch.setattr(one_case, "tune", lambda *a, **k: tuned.append(a[0].unet.dtype) or tune(*a, **k))
+    monkeypatch.setattr(
+        one_case, "start_of", lambda *a, **k: edited.append(a[1].unet.dtype) or start_of(*a, **k)
+    )
+    loads = []
+    loading = SimpleNamespace(from_pretrained=lambda *a, **k: loads.append(k["dtype"]) or opened(*a, **k))
+    monkeypatch.setattr(one_case, "TuneAVideoPipeline", loading)
+    run(dataclasses.replace(suite, cases=suite.cases[:1], methods=("bf16_tuning", "bf16")), out)
+    assert tuned == [torch.bfloat16]
+    assert edited == [torch.float32, torch.bfloat16]
+    assert loads == [torch.float32, torch.bfloat16]
+
+
+def test_on_a_gpu_edits_are_made_in_half_precision(suite, out, monkeypatch):
+    def opened(*_args, **options):
+        raise TavError(f"opened in {options['dtype']}")
+
+    monkeypatch.setattr(one_case, "TuneAVideoPipeline", SimpleNamespace(from_pretrained=opened))
+    with pytest.raises(TavError, match=r"opened in torch\.float16"):
+        run(dataclasses.replace(suite, device="cuda:1"), out)
 
 
 def test_two_methods_that_ask_for_the_same_edit_share_it(suite, out, monkeypatch):
