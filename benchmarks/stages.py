@@ -3,12 +3,13 @@
     python benchmarks/stages.py --base sd15 --rounds 2 --output benchmarks/results/stages-sd15
     python benchmarks/stages.py --base pocket --output benchmarks/results/stages-pocket
 
-Each round runs every stage once in each way, so that whatever else the machine does falls on all. Times are CPU seconds:
-medians, and the spread from least to most. Operations are counted (two for a multiply-add, of attention both products),
-and set against what this machine reaches in a large matrix product of the same precision, measured before and after. Peak
-memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. By default mid and up
-blocks are tuned, which are those that learn in the original; in bf16 the frozen weights are bfloat16 and what is tuned
-float32, as `training.precision=bf16` has it. The original's way is in float32.
+Each round runs every stage once in each way, so that whatever else the machine does falls on all; of tuning it is the
+second step, as the first asks the system for the memory that all others find there. Times are CPU seconds: medians, and
+the spread from least to most. Operations are counted (two for a multiply-add, of attention both products), and set against
+what this machine reaches in a large matrix product of the same precision, measured before and after. Peak memory is of a
+process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. By default mid and up blocks are tuned,
+which are those that learn in the original; in bf16 the frozen weights are bfloat16 and what is tuned float32, as
+`training.precision=bf16` has it. The original's way is in float32.
 """
 
 from __future__ import annotations
@@ -180,6 +181,8 @@ def run(benches: dict[torch.dtype, Bench], rounds: int) -> tuple[Times, dict[str
         for name, way in WAYS.items():
             bench, found = benches[way.dtype], times.setdefault(name, {})
             with bench.tuning(way) as stages:
+                for stage in stages.values():
+                    stage()
                 timed(stages, found)
             if name in EDITING:
                 with bench.editing(way) as stages:
