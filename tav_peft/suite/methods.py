@@ -50,6 +50,10 @@ class Method:
     automatic: bool = False
     precision: Precision | None = None
 
+    def strength_of(self, how: EditingSection) -> float:
+        """Give the strength at which the adapter acts."""
+        return how.strength if self.automatic else self.strength
+
     def of(
         self, kind: str, prompt: str, caption: str, how: EditingSection
     ) -> tuple[float, float, Injection | None]:

@@ -65,9 +65,8 @@ def run_case(suite: Suite, case: Case, out: Path, tell: Callable[[], None] = lam
     bench = _Bench(suite, case, out, case.clip(**suite.recipe.clip.model_dump()))
     setups: dict[_Setup, list[str]] = {}
     for name, seed in rows_left(suite, case, out):
-        own, usual = METHODS[name], suite.recipe.editing.strength
-        strength = usual if own.automatic else own.strength
-        precision = own.precision or precision_on(suite.device)
+        own, precision = METHODS[name], METHODS[name].precision or precision_on(suite.device)
+        strength = own.strength_of(suite.recipe.editing)
         setup = _Setup(own.settings, own.tuned, own.temporal, own.step, strength, precision, seed)
         setups.setdefault(setup, []).append(name)
     for setup, names in setups.items():
