@@ -6,10 +6,10 @@
 Each round runs every stage once in each way, so that whatever else the machine does falls on all; of tuning it is the
 second step, as the first asks the system for the memory that all others find there. Times are CPU seconds: medians, and
 the spread from least to most. Operations are counted (two for a multiply-add, of attention both products), and set
-against what this machine reaches in a large matrix product of the same precision, measured before and after. Peak memory is of a
-process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. By default mid and up blocks are tuned,
-which are those that learn in the original; in bf16 the frozen weights are bfloat16 and what is tuned float32, as
-`training.precision=bf16` has it. The original's way is in float32.
+against what this machine reaches in a large matrix product of the same precision, measured before and after. Peak
+memory is of a process of its own for each way. `sd15` is of SD 1.5's shapes with random weights. By default mid and up
+blocks are tuned, which are those that learn in the original; in bf16 the frozen weights are bfloat16 and what is tuned
+float32, as `training.precision=bf16` has it. The original's way is in float32.
 """
 
 from __future__ import annotations
