@@ -141,8 +141,8 @@ METHODS: dict[str, Method] = {
     "merge_50": Method("half of the positions merged", sampling={"merge_tokens": 0.5}, few=True),
     "full_attention": Method("full attention between frames", ("model.attention=full",), few=True),
     "random_bias": Method("T-Attn with the original's random bias", temporal="random bias", few=True),
-    "bf16_tuning": Method("tuned in bf16", _BF16, few=True, seeds=3),
-    "bf16": Method("tuned and edited in bf16", _BF16, few=True, seeds=3, precision="bf16"),
+    "bf16_tuning": Method("tuned in bf16", _BF16, few=True),
+    "bf16": Method("tuned and edited in bf16", _BF16, few=True, precision="bf16"),
     "copied": Method("T-Attn copied from self-attention", temporal="self-attention", few=True),
 }
 QUICK = ("ideal", "full", "automatic", "no_inversion", "no_tuning", "no_st_attn", "per_frame")
