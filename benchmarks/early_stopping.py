@@ -31,7 +31,7 @@ from tav_peft.trail import Trail
 USUAL, LAST = 100, 600  # what the recipe takes, whose row is the full method's, and where the trail ends
 ROWS = {step: "full" if step == USUAL else f"steps_{step}" for step in (50, USUAL, 200, 400, LAST)}
 KINDS = ("object", "background", "multiple")
-SCORES = ("motion_error", "recognised_object", "ideal_psnr")
+SCORES = ("motion_error", "recognised_object", "textual_alignment", "ideal_psnr")
 GAINS = ("gain_empty_prompt", "gain_edits")
 COLUMNS = ("clip", "step", *GAINS, *SCORES)
 

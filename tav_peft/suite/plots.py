@@ -53,15 +53,25 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
         kind = next(row["scores"][name] for row in rows if name in row["scores"])
         arrow, unit = "→" if kind["better"] == "higher" else "←", f", {kind['unit']}" if kind["unit"] else ""
         axes.set(title=f"{name.replace('_', ' ')}{unit}  (better {arrow})", yticks=range(len(methods)))
-        axes.set_yticklabels([METHODS[method].title for method in methods], fontsize=8)
+        axes.set(ylim=(len(methods) - 0.5, -0.5))
+        axes.set_yticklabels(_labels(rows, methods), fontsize=8)
         axes.title.set_fontsize(9)
         axes.grid(axis="x", alpha=0.25)
     for axes in list(panels.flat)[len(there) :]:
         axes.set_visible(False)
-    panels[0, 0].invert_yaxis()
     with whole(path, TavError) as part:
         figure.savefig(part, format="png", dpi=120)
     return path
+
+
+def _labels(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """Name the methods; those that were made on fewer clips than others say on how many."""
+    clips = {method: len({row["clip"] for row in rows if row["method"] == method}) for method in methods}
+    most = max(clips.values())
+    return [
+        METHODS[method].title + (f" ({clips[method]} clips)" if clips[method] < most else "")
+        for method in methods
+    ]
 
 
 def sheets(
