@@ -11,38 +11,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import least, machine, seconds
 from stages import WAYS, Bench, open_base
 
 from tav_peft.video.clip import Clip
 
 SIDES = {"pocket": 64, "sd15": 256}
 RUNS = 3
-
-
-def spent() -> float:
-    """Give the processor time of this process and of those that it waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def least(step: Callable[[], Any]) -> float:
-    """Run a step some times, and give the least CPU seconds."""
-    times = []
-    for _ in range(RUNS):
-        began = time.process_time()
-        step()
-        times.append(time.process_time() - began)
-    return min(times)
 
 
 def steps_of(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -64,13 +46,13 @@ def rows(base: str) -> Iterator[str]:
         if compiles:
             bench.pipe.unet.compile()
         for name, step in steps_of(bench):
-            began, clock = spent(), time.monotonic()
+            before = seconds()
             step()
-            first, wall = spent() - began, time.monotonic() - clock
+            wall, first = (after - began for after, began in zip(seconds(), before, strict=True))
             if not compiles:
-                plain[name] = least(step)
+                plain[name] = least(step, RUNS)
                 continue
-            fast = least(step)
+            fast = least(step, RUNS)
             told = f"{plain[name]:.2f} | {fast:.2f} | {plain[name] / fast:.2f} | {first:.0f}, {wall:.0f}"
             yield f"| {base} | {name} | {told} |"
 

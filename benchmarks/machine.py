@@ -1,9 +1,11 @@
-"""What benchmarks tell of where they ran: the machine, the memory of a process, and operations counted."""
+"""What benchmarks tell of where they ran: the machine, the memory and the time of a process, and operations counted."""
 
 from __future__ import annotations
 
 import platform
 import re
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,22 @@ def memory(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024
+
+
+def seconds() -> tuple[float, float]:
+    """Give the time on the clock, and the processor time of this process and those that it waited for."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in spent)
+
+
+def least(call: Callable[[], object], runs: int) -> float:
+    """Run a call some times, and give the least processor seconds of this process."""
+    times = []
+    for _ in range(runs):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return min(times)
 
 
 def operations(call: Callable[[], object]) -> int:

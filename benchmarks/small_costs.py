@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from adapter_files import write_adapter
-from machine import machine
+from machine import machine, seconds
 from stages import open_base
 
 from tav_peft import formats
@@ -29,12 +27,6 @@ from tav_peft.adapter import Adapter
 from tav_peft.merging import merge_files
 from tav_peft.pipeline import TuneAVideoPipeline
 from tav_peft.unet.auditing import temporal_fingerprint
-
-
-def seconds() -> tuple[float, float]:
-    """Give the time on the clock, and the processor time of this process and those that it waited for."""
-    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in spent)
 
 
 def made_for(pipe: TuneAVideoPipeline, adapter: Adapter) -> Adapter:

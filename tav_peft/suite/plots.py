@@ -43,6 +43,7 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     figure = Figure(
         figsize=(3.6 * 3, (0.32 * len(methods) + 0.9) * -(-len(there) // 3)), layout="constrained"
     )
+    labels = _labels(rows, methods)
     panels = figure.subplots(-(-len(there) // 3), 3, squeeze=False, sharey=True)
     for axes, name in zip(panels.flat, there, strict=False):
         for place, method in enumerate(methods):
@@ -53,8 +54,8 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
         kind = next(row["scores"][name] for row in rows if name in row["scores"])
         arrow, unit = "→" if kind["better"] == "higher" else "←", f", {kind['unit']}" if kind["unit"] else ""
         axes.set(title=f"{name.replace('_', ' ')}{unit}  (better {arrow})", yticks=range(len(methods)))
-        axes.set(ylim=(len(methods) - 0.5, -0.5))
-        axes.set_yticklabels(_labels(rows, methods), fontsize=8)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_yticklabels(labels, fontsize=8)
         axes.title.set_fontsize(9)
         axes.grid(axis="x", alpha=0.25)
     for axes in list(panels.flat)[len(there) :]:
