@@ -3,12 +3,14 @@
     python training/judge.py work/judge.pt --prompts 192
 
 It sees other scenes than pocket did, held-out combinations too, and says object, background and style. It is a check
-for the model card; it is not shipped. What pocket's own CLIP, which is, makes of the same pictures is printed too.
+for the model card; it is not shipped. What pocket's own CLIP, which is, makes of the same pictures is printed too, and
+of pictures of two objects, of which the second may hide the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import random
 from pathlib import Path
@@ -23,6 +25,7 @@ from samples import draw
 from tav_peft.bases import locate
 from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Scene, held_out, random_scene, render
 from tav_peft.scoring.clip_model import ClipModel
+from train_unet import overlapping_scene
 
 CLASSES = (tuple(OBJECTS), tuple(BACKGROUNDS), tuple(STYLES))
 FIRST_SEED = 7_000_000  # far from the seeds that pocket was trained on
@@ -94,12 +97,23 @@ def accuracies(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> list[floa
     return [round((answer.argmax(1) == right).float().mean().item(), 3) for answer, right in pairs]
 
 
+def renamed(scene: Scene, which: int) -> list[Scene]:
+    """List the scene with each object of the world in the place of one of its own, but none twice."""
+    before, actor, after = scene.actors[:which], scene.actors[which], scene.actors[which + 1 :]
+    kept = {other.name for other in before + after}
+    actors = [dataclasses.replace(actor, name=name) for name in OBJECTS if name not in kept]
+    return [dataclasses.replace(scene, actors=(*before, each, *after)) for each in actors]
+
+
 def recognised(pictures: list[np.ndarray], scenes: list[Scene]) -> list[float]:
-    """Share of pictures that pocket's CLIP finds nearer to their prompt than to it with another object, and so on."""
+    """Share of pictures that pocket's CLIP finds nearer to their prompt than to it with another object, and so on.
+
+    The first numbers are those of the scenes' objects, in the order of the prompt; then background and style.
+    """
     clip, rights = ClipModel.load("pocket-clip"), []
     for picture, scene in zip(pictures, scenes, strict=True):
         others = (
-            [scene.edited(name=name) for name in OBJECTS],
+            *(renamed(scene, which) for which in range(len(scene.actors))),
             [scene.edited(background=name) for name in BACKGROUNDS],
             [scene.edited(style=name) for name in STYLES],
         )
@@ -143,6 +157,11 @@ def main() -> None:
     )
     print("by pocket's CLIP, of the same:", recognised([np.asarray(image) for image in drawn], asked))
     print("by pocket's CLIP, of the same prompts rendered:", recognised([render(s) for s in asked], asked))
+    rng = random.Random(FIRST_SEED)
+    pairs = [overlapping_scene(rng) for _ in asked]
+    drawn = draw(pipe, [s.caption for s in pairs], guidance=options.guidance, steps=25, seed=0)
+    print("of two objects, by the CLIP:", recognised([np.asarray(image) for image in drawn], pairs))
+    print("of two objects, rendered:", recognised([render(s) for s in pairs], pairs))
     new = [i for i, s in enumerate(asked) if held_out(s.actors[0].name, s.background, s.style)]
     print(
         f"of which {len(new)} held-out combinations:",

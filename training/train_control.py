@@ -3,6 +3,7 @@
     python training/train_control.py work/controlnet --kind controlnet
     python training/train_control.py work/t2i-adapter --kind t2i_adapter
 
+With `--shipped` it goes on from the network in the package, for when pocket itself was trained on.
 Only the new network is trained (Zhang et al. 2023; Mou et al. 2023). A stopped run goes on where it was; at the end the
 averaged weights are saved in half precision in `FOLDER/model`, as diffusers keeps them.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from loop import train, trapezoid
 from tav_peft.bases import locate
 from tav_peft.control.maps import canny
+from tav_peft.control.networks import load_network
 from tav_peft.pocket.world import random_scene, render
 from train_unet import tokens_of
 
@@ -95,12 +97,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--shipped", action="store_true", help="begin with the weights in the package")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline.from_pretrained(locate("pocket"))
     data = draw_scenes(options.folder / "scenes.pt", pipe, options.scenes)
     torch.manual_seed(0)
     model = Controlled(pipe, options.kind)
+    if options.shipped:
+        shipped = {"controlnet": "pocket-controlnet", "t2i_adapter": "pocket-t2i-adapter"}[options.kind]
+        model.network.load_state_dict(load_network(shipped).state_dict())
     empty, alphas = tokens_of(pipe.tokenizer, [""])[0], pipe.scheduler.alphas_cumprod
 
     def step_loss(index: int) -> Tensor:

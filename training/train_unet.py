@@ -1,11 +1,15 @@
 """Train pocket's text encoder and UNet together on captioned scenes, in the latents of its trained VAE.
 
-torchrun --nproc-per-node 2 training/train_unet.py work/unet --vae work/vae/vae --steps 11000
+    torchrun --nproc-per-node 2 training/train_unet.py work/unet --vae work/vae/vae --steps 11000
+    torchrun --nproc-per-node 2 training/train_unet.py work/on --base pocket --pairs 0.3 --steps 9000
+
+The second form trains on from a base, its VAE included, with more scenes in which two objects overlap.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import time
@@ -20,7 +24,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loop import join, train, trapezoid
-from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, random_scene, render
+from tav_peft.bases import locate
+from tav_peft.pocket.world import BACKGROUNDS, OBJECTS, STYLES, Scene, held_out, random_scene, render
 
 POSITIONS = 32
 WIDTH = 96
@@ -125,16 +130,27 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     ).input_ids
 
 
+def overlapping_scene(rng: random.Random) -> Scene:
+    """Draw a scene of two objects, each anywhere, the second before the first; neither held out from training."""
+    while True:
+        scene, other = random_scene(rng), random_scene(rng).actors[0]
+        apart = other.name != scene.actors[0].name
+        if apart and not held_out(other.name, scene.background, scene.style):
+            return dataclasses.replace(scene, actors=(scene.actors[0], other))
+
+
 @torch.no_grad()
 def encode_scenes(
-    file: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int
+    file: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int, pairs: float
 ) -> dict[str, Tensor]:
     """Draw scenes, encode them and keep latents (half precision) and caption tokens in `file`."""
     if not file.exists():
         rng, latents, tokens = random.Random(seed), [], []
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count // 25):
-            scenes = [random_scene(rng) for _ in range(25)]
+            scenes = [
+                overlapping_scene(rng) if rng.random() < pairs else random_scene(rng) for _ in range(25)
+            ]
             x = (
                 torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5
                 - 1
@@ -170,7 +186,10 @@ def main() -> None:
     """Train with the averaged weights saved as a diffusers folder at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--vae", type=Path, help="folder of the trained VAE")
+    parser.add_argument("--base", help="base to train on from, instead of new weights and --vae")
+    parser.add_argument("--pairs", type=float, default=0, help="share of scenes of two that may overlap")
+    parser.add_argument("--seed", type=int, default=1, help="first seed of the scenes")
     parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=8, help="scenes a step for each process")
     parser.add_argument("--lr", type=float, default=1.2e-3)
@@ -181,9 +200,14 @@ def main() -> None:
     rank, _ = join()
     torch.manual_seed(0)
     tokenizer = make_tokenizer(options.folder / f"tokenizer-{rank}")
-    vae = AutoencoderKL.from_pretrained(options.vae)
-    data = encode_scenes(options.folder / f"scenes-{rank}.pt", vae, tokenizer, 1 + rank, options.scenes)
+    start = Path(locate(options.base)) if options.base else None
+    vae = AutoencoderKL.from_pretrained(start / "vae" if start else options.vae, torch_dtype=torch.float32)
+    scenes_file, seed = options.folder / f"scenes-{rank}.pt", options.seed + rank
+    data = encode_scenes(scenes_file, vae, tokenizer, seed, options.scenes, options.pairs)
     model = Denoiser(tokenizer)
+    if start:
+        model.unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
+        model.text_encoder = CLIPTextModel.from_pretrained(start / "text_encoder", torch_dtype=torch.float32)
     empty = tokens_of(tokenizer, [""])[0]
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
 
