@@ -105,8 +105,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = Controlled(pipe, options.kind)
     if options.shipped:
-        shipped = {"controlnet": "pocket-controlnet", "t2i_adapter": "pocket-t2i-adapter"}[options.kind]
-        model.network.load_state_dict(load_network(shipped).state_dict())
+        shipped = load_network(f"pocket-{options.kind.replace('_', '-')}")
+        model.network.load_state_dict(shipped.state_dict())
     empty, alphas = tokens_of(pipe.tokenizer, [""])[0], pipe.scheduler.alphas_cumprod
 
     def step_loss(index: int) -> Tensor:

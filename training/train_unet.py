@@ -149,7 +149,8 @@ def encode_scenes(
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count // 25):
             scenes = [
-                overlapping_scene(rng) if rng.random() < pairs else random_scene(rng) for _ in range(25)
+                overlapping_scene(rng) if pairs and rng.random() < pairs else random_scene(rng)
+                for _ in range(25)
             ]
             x = (
                 torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5
@@ -186,8 +187,9 @@ def main() -> None:
     """Train with the averaged weights saved as a diffusers folder at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vae", type=Path, help="folder of the trained VAE")
-    parser.add_argument("--base", help="base to train on from, instead of new weights and --vae")
+    begin = parser.add_mutually_exclusive_group(required=True)
+    begin.add_argument("--vae", type=Path, help="folder of the trained VAE, for new weights")
+    begin.add_argument("--base", help="base to train on from, its VAE included")
     parser.add_argument("--pairs", type=float, default=0, help="share of scenes of two that may overlap")
     parser.add_argument("--seed", type=int, default=1, help="first seed of the scenes")
     parser.add_argument("--steps", type=int, default=11000)
