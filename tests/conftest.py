@@ -274,6 +274,12 @@ def clip() -> Clip:
 
 
 @pytest.fixture
+def inversion(pipe, clip):
+    """The clip, inverted in four steps by the tiny base."""
+    return pipe.invert(clip, num_inference_steps=4)
+
+
+@pytest.fixture
 def make_adapter(_loaded) -> Callable[..., Adapter]:
     """Make adapters of random tensors that fit the tiny base."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _loaded.unet.state_dict().items()}

@@ -10,11 +10,6 @@ from tav_peft.recipe import EditingSection
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 
-@pytest.fixture
-def inversion(pipe, clip):
-    return pipe.invert(clip, num_inference_steps=4)
-
-
 def rows_of(pipe, monkeypatch, *arguments, **options):
     seen, predict = [], pipe.predict
     monkeypatch.setattr(pipe, "predict", lambda x, *a, **k: seen.append(len(x)) or predict(x, *a, **k))

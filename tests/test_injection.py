@@ -20,11 +20,6 @@ from tav_peft.windows import Windows
 
 
 @pytest.fixture
-def inversion(pipe, clip):
-    return pipe.invert(clip, num_inference_steps=4)
-
-
-@pytest.fixture
 def injector(pipe, inversion):
     nothing = pipe.encode_prompts([""], size=pipe.pixel_size(inversion.clean))
     return Injector(Injection(1, 1), pipe.unet, inversion, pipe.timesteps(4), nothing, pipe.predict)

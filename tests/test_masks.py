@@ -14,11 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 
 @pytest.fixture
-def inversion(pipe, clip):
-    return pipe.invert(clip, num_inference_steps=4)
-
-
-@pytest.fixture
 def left():
     """The left half is edited."""
     mask = torch.zeros(1, 32, 32)

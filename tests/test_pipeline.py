@@ -22,11 +22,6 @@ from tav_peft.unet.inflation import InflatedUNet
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 
-@pytest.fixture
-def inversion(pipe, clip):
-    return pipe.invert(clip, num_inference_steps=4)
-
-
 def test_the_unet_is_called_as_an_inflated_one(pipe, noise):
     assert isinstance(pipe.unet, InflatedUNet)
     assert pipe.unet(noise(1, 4, 2, 8, 8), 10, noise(1, 24, 32)).sample.shape == (1, 4, 2, 8, 8)
