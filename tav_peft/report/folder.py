@@ -167,7 +167,10 @@ def _hashes(found: Found) -> dict[str, str]:
     files = {file.name: _sha256(file) for file in (found.adapter_file, *found.edits)}
     return {
         "base (query projections)": said.base.fingerprint,
-        "clip (its frames)": said.clip.fingerprint,
+        **{
+            f"clip {number}, {clip.name} (its frames)": clip.fingerprint
+            for number, (_, clip) in enumerate(said.clips, 1)
+        },
         "adapter (config and tensors)": found.adapter.fingerprint,
         **{f"{name} (file)": digest for name, digest in files.items()},
     }

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from tav_peft.adapter import Adapter, FurtherClip
 from tav_peft.cli.main import app
 from tav_peft.errors import TavError
 from tav_peft.pocket.clips import SHIPPED
@@ -45,6 +46,18 @@ def test_hashes_and_recipe_are_those_of_the_files(folder):
         assert f"<td>{name} (file)</td><td>{digest}</td>" in text
     assert "learning rate 0.001, seed" in text
     assert "steps: 100" in text
+
+
+def test_the_frames_of_every_clip_are_hashed(folder):
+    file = folder / "rabbit.safetensors"
+    adapter = Adapter.load(file)
+    first = adapter.provenance.clip
+    further = FurtherClip(caption="a rabbit", clip=first.model_copy(update={"fingerprint": "f" * 64}))
+    told = adapter.provenance.model_copy(update={"further_clips": (further,)})
+    Adapter(adapter.tensors, adapter.peft_config, told).save(file)
+    text = text_of(folder)
+    assert f"<td>clip 1, rabbit-grass.mp4 (its frames)</td><td>{first.fingerprint}</td>" in text
+    assert f"<td>clip 2, rabbit-grass.mp4 (its frames)</td><td>{'f' * 64}</td>" in text
 
 
 def test_it_says_how_to_make_it_again(folder):
